@@ -1,0 +1,37 @@
+"""Convex dominance in deep learning: bounds, laws and sweeps of loss and learning rate.
+
+The names below load what they need when they are first used, so that a notebook that wants one pays for one.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cdl.errors import UserError
+    from cdl.laws.horizon import fit_horizon
+    from cdl.plan import plan
+    from cdl.report import write_report
+    from cdl.schedules import optax_schedule, schedule
+    from cdl.sweep.store import sweep_table
+
+__all__ = ["UserError", "fit_horizon", "optax_schedule", "plan", "schedule", "sweep_table", "write_report"]
+
+_HOME = {
+    "UserError": "cdl.errors",
+    "fit_horizon": "cdl.laws.horizon",
+    "optax_schedule": "cdl.schedules",
+    "plan": "cdl.plan",
+    "schedule": "cdl.schedules",
+    "sweep_table": "cdl.sweep.store",
+    "write_report": "cdl.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cdl' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

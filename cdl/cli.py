@@ -1,0 +1,192 @@
+"""The `cdl` command. Every verb is also a function of the package; here they get words, progress and exit codes.
+
+Exit codes: 0 fine, 2 bad input (one line on stderr says what and how to mend it), 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cdl.errors import UserError
+
+if TYPE_CHECKING:  # heavy imports wait until a verb needs them: `cdl --help` is instant
+    from rich.console import Console
+
+    from cdl.sweep.grid import Point
+    from cdl.sweep.store import Store
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as e:
+        print(f"cdl: error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"cdl: error: {e.filename}: {e.strerror}; choose another path or mend this one", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        print(f"cdl: interrupted{f'; {e}' if str(e) else ''}", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="cdl", description="Learn the law of loss and learning rate from small runs.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[Any], None], help: str, example: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        p.set_defaults(run=run)
+        return p
+
+    def config_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, e.g. configs/demo.py")
+        p.add_argument(
+            "changes", nargs="*", metavar="FIELD=VALUE", help="changes of the config, e.g. optimizer.name=adamw"
+        )
+
+    p = verb(
+        "sweep",
+        _sweep,
+        "train the grid of a config, fit the law, write the report",
+        "cdl sweep --config=configs/demo.py --out=runs/demo --check",
+    )
+    config_arguments(p)
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep; run again to go on")
+    p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: one per device)")
+    p.add_argument("--check", action="store_true", help="then train the predicted horizon and compare")
+
+    p = verb(
+        "train",
+        _train,
+        "train one run",
+        "cdl train --config=configs/demo.py T=800 eta_ref=2.0 data.path=my_text.txt",
+    )
+    config_arguments(p)
+    p.add_argument("--out", metavar="DIR", help="folder for the result (default: runs/train-<id>)")
+
+    p = verb("report", _report, "write report.html and figures of a sweep", "cdl report runs/demo")
+    p.add_argument("folder", help="folder of a sweep")
+    p.add_argument("--T", type=int, metavar="N", help="horizon to predict (default: four times the longest)")
+
+    p = verb("plan", _plan, "rate and expected loss of a longer run", "cdl plan runs/demo --T=20000")
+    p.add_argument("folder", help="folder of a sweep")
+    p.add_argument("--T", type=int, metavar="N", help="horizon to predict (default: four times the longest)")
+    return parser
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from cdl import config as configs
+    from cdl.plan import CHECKS, plan
+    from cdl.report import write_report
+    from cdl.sweep.run import points_of
+    from cdl.sweep.store import Store
+
+    if arguments.lanes is not None and arguments.lanes < 1:
+        raise UserError(f"--lanes={arguments.lanes} must be at least 1")
+    console = _console()
+    config, grid = configs.load(arguments.config)
+    if grid is None:
+        raise UserError(f"--config={arguments.config!r} has no sweep(); use cdl train, or add one as configs/demo.py")
+    changes = configs.parse_assignments(arguments.changes)
+    for field in changes:
+        if any(field in c for c in grid):
+            raise UserError(f"{field} is an axis of the sweep; change sweep() in {arguments.config}, or use cdl train")
+    points = points_of(config, [changes | c for c in grid])
+    store = Store(arguments.out)
+    store.open_for(points)
+    _train_points(console, points, store, arguments.lanes)
+    made = plan(store.root)
+    if arguments.check:
+        again = dict(eta_ref=made.eta_ref, T=made.T)
+        checks = points_of(config, [changes | again])
+        check_store = Store(store.root / CHECKS)
+        check_store.open_for(checks)
+        console.print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
+        _train_points(console, checks, check_store, None)
+    made, files = write_report(store.root)
+    console.print()
+    print(made.summary())
+    print(f"Report: {files[0]}\nFigures: {', '.join(str(f) for f in files[1:])}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from cdl import config as configs
+    from cdl.sweep.run import points_of
+    from cdl.sweep.store import Store
+
+    config, _ = configs.load(arguments.config)
+    points = points_of(config, [configs.parse_assignments(arguments.changes)])
+    out = Path(arguments.out) if arguments.out else Path("runs") / f"train-{points[0].id}"
+    store = Store(out)
+    store.open_for(points)
+    _train_points(_console(), points, store, 1)
+    row = store.table().set_index("id").loc[points[0].id]
+    print(
+        f"{row.status}: held-out loss {row.loss:.4f}, training loss {row.train_loss:.4f}, "
+        f"{row.tokens_per_s:,.0f} tokens/s\nResults: {out / points[0].id}"
+    )
+
+
+def _train_points(console: "Console", points: "Sequence[Point]", store: "Store", lanes: int | None) -> None:
+    from cdl.progress import TerminalProgress
+    from cdl.sweep.run import run_points, use_cpu_cores
+
+    missing = len({p.id for p in points} - store.ids())
+    if not missing:
+        many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
+        console.print(f"{store.root}: {many} there already, nothing to train.", highlight=False)
+        return
+    if lanes is None or lanes > 1:
+        use_cpu_cores(missing)
+    try:
+        with TerminalProgress(console) as progress:
+            run_points(points, store, progress, lanes)
+    except KeyboardInterrupt:
+        kept = len({p.id for p in points} & store.ids())
+        raise KeyboardInterrupt(f"{kept} of {len(points)} runs are kept; the same command goes on from there") from None
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from cdl.report import write_report
+
+    made, files = write_report(arguments.folder, arguments.T)
+    print(made.summary())
+    print(f"Report: {files[0]}\nFigures: {', '.join(str(f) for f in files[1:])}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from cdl.plan import plan
+
+    print(plan(arguments.folder, arguments.T).summary())
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Configs: `ml_collections.ConfigDict`s with every field present, made in plain Python files under `configs/`.
+
+A config file has ``get_config(arg)`` -> ConfigDict (of one run) and, for sweeps, ``sweep()`` -> list of dicts of
+changes to it, one per point. Fields are read as attributes; an unknown name is an error wherever it is met.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from cdl.data.text import data_arguments
+from cdl.errors import UserError, unknown
+from cdl.models.build import model_arguments
+from cdl.optim.build import optimizer_arguments
+from cdl.schedules import shape_arguments
+
+__all__ = ["base", "change", "flatten", "from_flat", "load", "parse_assignments", "section"]
+
+# Fields for which an int (updates) and a float (share of T) mean different things: never converted.
+_DURATIONS = {"schedule.warmup", "schedule.decay", "schedule.rise"}
+
+
+def section(kind: str, name: str, **changes: Any) -> ConfigDict:
+    """One of the sections that have a name ("model", "optimizer", "schedule"): its defaults, with changes.
+
+    >>> section("optimizer", "sgd", momentum=0.9).to_dict()
+    {'name': 'sgd', 'momentum': 0.9, 'weight_decay': 0.0}
+    """
+    defaults = {
+        "model": model_arguments,
+        "optimizer": optimizer_arguments,
+        "schedule": lambda name: dict(warmup=0.0, final=0.0) | shape_arguments(name),
+    }[kind](name)
+    for key in changes:
+        if key not in defaults:
+            raise unknown(f"argument of {kind} {name!r}", key, defaults)
+    return ConfigDict(dict(name=name) | defaults | changes)
+
+
+def base() -> ConfigDict:
+    """One run of the paper's setting (section 5.1) at the smallest scale; config files start from it.
+
+    seed: of weights and data order. eta_ref, T: reference rate and number of updates; the peak rate is
+    eta_ref / sqrt(T). eval.times: held-out evaluations, evenly spaced, the last after update T. eval.tokens: predicted
+    tokens of the held-out set that is used, a fixed sample.
+    """
+    return ConfigDict(
+        dict(
+            seed=0,
+            eta_ref=1.0,
+            T=400,
+            model=section("model", "gpt2"),
+            data=data_arguments(),
+            optimizer=section("optimizer", "muon_nsgd"),
+            schedule=section("schedule", "cosine", warmup=0.02),
+            eval=dict(times=5, tokens=32768),
+        )
+    )
+
+
+def load(path: str) -> tuple[ConfigDict, list[dict[str, Any]] | None]:
+    """The config of ``file.py`` or ``file.py:arg``, and its sweep, None where the file has none.
+
+    Raises:
+      UserError: no such file, no get_config in it, or a field that no run has.
+    """
+    name, _, arg = path.partition(":")
+    file = Path(name)
+    if not file.is_file():
+        raise UserError(f"--config={name!r} does not exist; give a config file such as configs/demo.py")
+    module = _import(file)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={name!r} has no get_config(); see configs/demo.py")
+    config = module.get_config(arg) if arg else module.get_config()
+    template = base()
+    for kind in ("model", "optimizer", "schedule"):
+        if kind in config and "name" in config[kind]:
+            template[kind] = section(kind, config[kind].name)
+    _same_fields(flatten(config), flatten(template), name)
+    return config, (module.sweep() if hasattr(module, "sweep") else None)
+
+
+def change(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with changes, dotted field -> value.
+
+    A new ``model.name``, ``optimizer.name`` or ``schedule.name`` brings that section's defaults with it (a schedule
+    keeps its warmup and final value); other changes come on top.
+
+    Raises:
+      UserError: an unknown field, or a value of another kind than the field's.
+
+    >>> change(base(), {"schedule.name": "wsd", "schedule.decay": 0.2}).schedule.to_dict()
+    {'name': 'wsd', 'warmup': 0.02, 'final': 0.0, 'decay': 0.2, 'form': 'linear'}
+    """
+    config = config.copy_and_resolve_references()
+    for field, value in changes.items():
+        kind, _, leaf = field.partition(".")
+        if leaf == "name" and kind in ("model", "optimizer", "schedule") and value != config[kind].name:
+            kept = {k: config[kind][k] for k in ("warmup", "final") if kind == "schedule"}
+            config[kind] = section(kind, value, **kept)
+    flat = flatten(config)
+    for field, value in changes.items():
+        if field not in flat:
+            raise unknown("config field", field, flat)
+        flat[field] = _fit(field, value, flat[field])
+    return from_flat(flat)
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """``["T=100", "optimizer.name=adamw"]`` -> dict; values are Python literals, anything else is a string."""
+    changes: dict[str, Any] = {}
+    for text in assignments:
+        field, sign, value = text.partition("=")
+        if not sign or not field:
+            raise UserError(f"{text!r} is no change of a config field; write field=value, such as T=800")
+        if field in changes:
+            raise UserError(f"{field!r} is given twice; give it once")
+        try:
+            changes[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[field] = value
+    return changes
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Dotted field -> value."""
+    return dict(flatten_dict(config.to_dict(), sep="."))
+
+
+def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `flatten`; lists become tuples."""
+    return ConfigDict(unflatten_dict({k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}, sep="."))
+
+
+def _fit(field: str, value: Any, old: Any) -> Any:
+    """The value, as the field's kind."""
+
+    def kind(x: Any) -> str:
+        number = isinstance(x, int | float) and not isinstance(x, bool)
+        return "number" if number else "list" if isinstance(x, list | tuple) else type(x).__name__
+
+    if kind(value) != kind(old):
+        raise UserError(f"{field}={value!r} must be a {kind(old)}, such as {old!r}")
+    whole = isinstance(old, int) and field not in _DURATIONS
+    if whole and isinstance(value, float):
+        if not value.is_integer():
+            raise UserError(f"{field}={value!r} must be a whole number, such as {old!r}")
+        return int(value)
+    return float(value) if isinstance(old, float) and field not in _DURATIONS else value
+
+
+def _same_fields(flat: Mapping[str, Any], expected: Mapping[str, Any], file: str) -> None:
+    for field in flat:
+        if field not in expected:
+            raise unknown(f"config field ({file})", field, expected)
+    for field in expected:
+        if field not in flat:
+            raise UserError(f"{file} lacks the config field {field!r}; start from cdl.config.base()")
+
+
+def _import(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"cdl_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={str(file)!r} is no Python file; give one such as configs/demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

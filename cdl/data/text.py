@@ -1,0 +1,177 @@
+"""Text as one stream of tokens, and batches of it as a function of (seed, step).
+
+Where tokens come from (`data.path`):
+
+- ``stdlib``: the source of Python's own standard library, as bytes: real text of about 11 MB on every machine.
+- a text file, or a folder of text files (read recursively; files with a NUL byte are not text): bytes.
+- a ``.bin`` file of uint16 tokens as nanoGPT writes them, or a folder with ``train.bin`` and ``val.bin``:
+  memory-mapped, never read whole.
+
+Bytes are tokens 0..255; documents of a folder are separated by byte 0, in a fixed order that looks random (by hash of
+their relative path), so that the held-out tail of the stream is a fair sample of files.
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from cdl.errors import UserError
+
+__all__ = ["Corpus", "batches", "data_arguments", "heldout_batches", "read_corpus"]
+
+_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+
+class Corpus(NamedTuple):
+    """train, heldout: 1-D arrays of uint8 or uint16 tokens. fingerprint: a hash of the tokens, whatever the path."""
+
+    train: np.ndarray
+    heldout: np.ndarray
+    fingerprint: str
+
+
+def data_arguments() -> dict[str, Any]:
+    """The `data` section of a config.
+
+    path: see the module. batch_size: B sequences. seq_len: S predicted tokens a sequence. heldout: share of the
+    stream, its tail, that is kept for evaluation (a folder with val.bin brings its own).
+    """
+    return dict(path="stdlib", batch_size=16, seq_len=64, heldout=0.05)
+
+
+def read_corpus(path: str, heldout: float) -> Corpus:
+    """Read or map the tokens behind `data.path`.
+
+    Raises:
+      UserError: nothing there, not a token file, or no text in it.
+    """
+    if not 0 < heldout < 1:
+        raise UserError(f"data.heldout={heldout!r} must be a share in (0, 1)")
+    if path == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return _split(_join(root, _source_files(root)), heldout)
+    where = Path(path).expanduser()
+    if where.is_file():
+        return _split(_tokens(where) if where.suffix == ".bin" else _bytes(where), heldout)
+    if (where / "train.bin").is_file():
+        if not (where / "val.bin").is_file():
+            raise UserError(f"data.path={path!r} has train.bin but no val.bin; give the .bin file itself")
+        train, val = _tokens(where / "train.bin"), _tokens(where / "val.bin")
+        return Corpus(train, val, _fingerprint(train, val))
+    if where.is_dir():
+        return _split(_join(where, _text_files(where)), heldout)
+    raise UserError(f"data.path={path!r} does not exist; give 'stdlib', a text or .bin file, or a folder")
+
+
+def batches(corpus: Corpus, section: Mapping[str, Any], seed: int) -> grain.MapDataset:
+    """Random access to batches: ``batches(...)[k-1]`` is the batch of update k, tokens_BxS1.
+
+    Windows of S+1 tokens, S apart, are visited in a random order, each once an epoch, a new order every epoch. The
+    last token of a window is the first of the next: each token but the first is predicted once an epoch.
+
+    Raises:
+      UserError: the stream is too short for one batch.
+    """
+    B, S = section["batch_size"], section["seq_len"]
+    windows = _windows("training", corpus.train, section)
+    return grain.MapDataset.source(_Windows(corpus.train, windows, S)).seed(seed).shuffle().repeat().batch(B)
+
+
+def heldout_batches(corpus: Corpus, section: Mapping[str, Any], tokens: int) -> np.ndarray:
+    """The fixed held-out set, tokens_ExBxS1: about `tokens` predicted tokens, spread evenly over the held-out stream.
+
+    Raises:
+      UserError: the held-out stream is too short for one batch.
+    """
+    B, S = section["batch_size"], section["seq_len"]
+    windows = _windows("evaluation", corpus.heldout, section)
+    E = min(max(1, round(tokens / (B * S))), windows // B)
+    starts = np.linspace(0, windows - 1, E * B).astype(np.int64) * S
+    return np.stack([corpus.heldout[i : i + S + 1] for i in starts]).reshape(E, B, S + 1)
+
+
+class _Windows:
+    """Grain's random-access source: item i is window i."""
+
+    def __init__(self, tokens: np.ndarray, n: int, S: int):
+        self._tokens, self._n, self._S = tokens, n, S
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: Any) -> np.ndarray:
+        return np.asarray(self._tokens[i * self._S : (i + 1) * self._S + 1])
+
+    def __repr__(self) -> str:
+        return f"_Windows(n={self._n}, S={self._S})"
+
+
+def _windows(what: str, tokens: np.ndarray, section: Mapping[str, Any]) -> int:
+    B, S = section["batch_size"], section["seq_len"]
+    for name, value in (("batch_size", B), ("seq_len", S)):
+        if value < 1:
+            raise UserError(f"data.{name}={value} must be at least 1")
+    windows = (len(tokens) - 1) // S
+    if windows < B:
+        raise UserError(
+            f"data.path={section['path']!r} has {len(tokens)} tokens for {what}, one batch of {B} x {S} needs "
+            f"{B * S + 1}; use a longer text, or a smaller data.batch_size or data.seq_len"
+        )
+    return windows
+
+
+def _split(tokens: np.ndarray, heldout: float) -> Corpus:
+    cut = round(len(tokens) * (1 - heldout))
+    train, tail = tokens[:cut], tokens[cut:]
+    return Corpus(train, tail, _fingerprint(train, tail))
+
+
+def _tokens(path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise UserError(f"data.path: {str(path)!r} has {size} bytes, no array of uint16 tokens; write it again")
+    return np.memmap(path, dtype=np.uint16, mode="r")
+
+
+def _bytes(path: Path) -> np.ndarray:
+    if path.stat().st_size == 0:
+        raise UserError(f"data.path={str(path)!r} is empty; give a file with text")
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def _join(root: Path, files: Iterator[Path]) -> np.ndarray:
+    by_hash = sorted(files, key=lambda f: hashlib.sha256(f.relative_to(root).as_posix().encode()).digest())
+    texts = [text for f in by_hash if (text := f.read_bytes()) and b"\0" not in text]
+    if not texts:
+        raise UserError(f"data.path={str(root)!r} holds no text file; give a folder with text")
+    return np.frombuffer(b"\0".join(texts), dtype=np.uint8)
+
+
+def _text_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [d for d in subfolders if not d.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [d for d in subfolders if d not in _NOT_SOURCE]  # pruned: site-packages is large
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+
+
+def _fingerprint(*streams: np.ndarray) -> str:
+    """sha256 over the lengths and 256 evenly spaced blocks of 64 Ki tokens: whole for small data, a probe of large."""
+    h = hashlib.sha256()
+    for tokens in streams:
+        h.update(f"{tokens.dtype}{len(tokens)};".encode())
+        block = 1 << 16
+        starts = np.unique(np.linspace(0, max(len(tokens) - block, 0), 256).astype(np.int64))
+        for i in starts if len(tokens) > 256 * block else range(0, len(tokens), block):
+            h.update(np.ascontiguousarray(tokens[i : i + block]).data)
+    return h.hexdigest()[:16]

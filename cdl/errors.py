@@ -1,0 +1,19 @@
+"""The one error type for bad input, and the wording that all of it shares."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Input that the caller can mend: one line that names the value and the fix.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
+    """The error for a name that does not exist: says which, the nearest one, and all there are."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"there is no {kind} {value!r}; {hint}known: {', '.join(names)}")

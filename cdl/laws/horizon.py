@@ -1,0 +1,226 @@
+"""G4: loss against 1/sqrt(T) at a scaled peak rate, and the plan that follows from it (paper, section 5, (5.1)).
+
+For eta_peak = eta_ref / sqrt(T) and a qualified schedule the law is a straight line for every eta_ref,
+
+    loss(eta_ref, T) = L_inf(eta_ref) + Q(eta_ref) / sqrt(T),
+
+fitted by ordinary least squares. It holds once T is long enough (paper: from 2,500 updates on for GPT-2 0.1B). Which
+horizons are too short is decided by a rule that is fixed in advance: `_long_enough`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cdl.errors import UserError
+
+__all__ = ["HorizonFit", "Line", "Prediction", "fit_horizon", "fit_line"]
+
+LEVEL = 0.95  # of every interval here
+MOST_EXTRAPOLATION = 100.0  # further than this times the longest horizon, a line is only a guess
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A loss and its prediction interval: where one new run should land with probability `LEVEL`."""
+
+    loss: float
+    low: float
+    high: float
+
+    def __contains__(self, loss: float) -> bool:
+        return self.low <= loss <= self.high
+
+
+@dataclass(frozen=True)
+class Line:
+    """One fitted line, loss = L_inf + Q / sqrt(T).
+
+    eta_ref: the reference rate it belongs to. L_inf_se, Q_se: standard errors, NaN with two points. r2: coefficient
+    of determination, NaN where the losses do not vary. T, loss: the points it was fitted on. left_out: (T, loss) of
+    those that were too short.
+    """
+
+    eta_ref: float
+    L_inf: float
+    Q: float
+    L_inf_se: float
+    Q_se: float
+    r2: float
+    T: np.ndarray
+    loss: np.ndarray
+    left_out: tuple[tuple[int, float], ...] = ()
+
+    def at(self, T: float) -> float:
+        """The fitted loss after T updates."""
+        return self.L_inf + self.Q / math.sqrt(T)
+
+    def predict(self, T: float) -> Prediction:
+        """The loss of a new run of T updates, with its prediction interval (Student t with n - 2 degrees of freedom).
+
+        The interval holds the scatter of a run about the line and the error of the line itself. It supposes that the
+        line goes on straight; it is infinite with two points.
+        """
+        x, n = 1 / np.sqrt(self.T), len(self.T)
+        loss = self.at(T)
+        if n < 3:
+            return Prediction(loss, -math.inf, math.inf)
+        residual = self.loss - (self.L_inf + self.Q * x)
+        variance = float(residual @ residual) / (n - 2)
+        leverage = 1 / n + (1 / math.sqrt(T) - x.mean()) ** 2 / float(((x - x.mean()) ** 2).sum())
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 2)) * math.sqrt(variance * (1 + leverage))
+        return Prediction(loss, loss - half, loss + half)
+
+
+def fit_line(T: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray, eta_ref: float = 1.0) -> Line:
+    """Ordinary least squares of loss on 1/sqrt(T), on exactly the points given.
+
+    Args:
+      T: horizons [P], positive; updates, or tokens or samples seen.
+      loss: final losses [P], finite.
+      eta_ref: a label for the line.
+
+    Raises:
+      UserError: fewer than two distinct horizons.
+    """
+    T, loss = np.asarray(T, float), np.asarray(loss, float)
+    if len(np.unique(T)) < 2:
+        raise UserError(f"a line needs two horizons, eta_ref={eta_ref:g} has T={np.unique(T)}; run more")
+    fit = stats.linregress(1 / np.sqrt(T), loss)
+    two = len(T) == 2
+    flat = np.ptp(loss) == 0
+    return Line(
+        eta_ref=float(eta_ref),
+        L_inf=float(fit.intercept),
+        Q=float(fit.slope),
+        L_inf_se=math.nan if two else float(fit.intercept_stderr),
+        Q_se=math.nan if two else float(fit.stderr),
+        r2=math.nan if flat else float(fit.rvalue) ** 2,
+        T=T,
+        loss=loss,
+    )
+
+
+@dataclass(frozen=True)
+class HorizonFit:
+    """A line for every eta_ref of a table.
+
+    lines: by rising eta_ref. rates: every eta_ref of the table, those without a line too. diverged: (eta_ref, T) of
+    runs without a finite loss.
+    """
+
+    lines: tuple[Line, ...]
+    rates: tuple[float, ...]
+    diverged: tuple[tuple[float, int], ...]
+
+    @property
+    def longest(self) -> int:
+        """The longest horizon that any line was fitted on."""
+        return int(max(line.T.max() for line in self.lines))
+
+    def line(self, eta_ref: float) -> Line:
+        """The line of one eta_ref of the table."""
+        for line in self.lines:
+            if math.isclose(line.eta_ref, eta_ref):
+                return line
+        raise UserError(f"eta_ref={eta_ref:g} has no line; there are {[x.eta_ref for x in self.lines]}")
+
+    def best(self, T: float) -> Line:
+        """The line with the lowest loss after T updates: its eta_ref is eta_ref* for that horizon."""
+        return min(self.lines, key=lambda line: line.at(T))
+
+    def warnings(self, T: float) -> list[str]:
+        """What a person should know before trusting a prediction at horizon T, a sentence each."""
+        best, found = self.best(T), []
+        if len(self.rates) > 1 and best.eta_ref in (self.rates[0], self.rates[-1]):
+            low = best.eta_ref == self.rates[0]
+            step = self.rates[1] / self.rates[0] if low else self.rates[-1] / self.rates[-2]
+            wider = best.eta_ref / step if low else best.eta_ref * step
+            found.append(
+                f"the best eta_ref, {best.eta_ref:g}, is the {'smallest' if low else 'largest'} of the grid: a better "
+                f"one may lie beyond; add eta_ref={wider:g}"
+            )
+        for eta_ref in sorted({e for e, _ in self.diverged}):
+            horizons = ", ".join(str(t) for e, t in self.diverged if e == eta_ref)
+            found.append(f"eta_ref={eta_ref:g} diverged at T = {horizons}; those runs are in no line")
+        for line in self.lines:
+            if line.left_out:
+                horizons = ", ".join(str(t) for t, _ in line.left_out)
+                found.append(f"eta_ref={line.eta_ref:g}: T = {horizons} is too short for the line and left out of it")
+        n = len(best.T)
+        if n < 4:
+            found.append(f"the line of eta_ref={best.eta_ref:g} rests on {n} runs; add horizons")
+        if best.Q <= 0:
+            found.append(f"the loss at eta_ref={best.eta_ref:g} does not fall with T; the law does not hold here")
+        if MOST_EXTRAPOLATION * self.longest < T:
+            found.append(f"T={T:g} is {T / self.longest:.0f} times the longest horizon; treat the loss as a guess")
+        return found
+
+    def summary(self, T: float | None = None) -> str:
+        """The lines as a table of text, with predictions at horizon T (four times the longest if None)."""
+        T = T or 4 * self.longest
+        best = self.best(T)
+        head = f"{'eta_ref':>8}  {'L_inf':>7} {'±':>6}  {'Q':>7} {'±':>6}  {'R2':>6}  {'runs':>4}  loss at T={T:g}"
+        rows = [head]
+        for line in self.lines:
+            p = line.predict(T)
+            rows.append(
+                f"{line.eta_ref:>8g}  {line.L_inf:>7.4f} {line.L_inf_se:>6.3f}  {line.Q:>7.3f} {line.Q_se:>6.3f}  "
+                f"{line.r2:>6.4f}  {len(line.T):>4}  {p.loss:.4f} [{p.low:.4f}, {p.high:.4f}]"
+                + ("  <- eta_ref*" if line is best else "")
+            )
+        return "\n".join(rows)
+
+
+def fit_horizon(table: pd.DataFrame) -> HorizonFit:
+    """Fit the law to a table of finished runs.
+
+    Args:
+      table: columns `eta_ref`, `T`, `loss`, one row per run; several seeds are several rows. Runs without a finite
+        loss belong in it too: they are listed, not fitted.
+
+    Raises:
+      UserError: a column is missing, or no eta_ref has two horizons.
+    """
+    missing = [c for c in ("eta_ref", "T", "loss") if c not in table.columns]
+    if missing:
+        raise UserError(f"the table lacks the columns {missing}; it has {list(table.columns)}")
+    rates = tuple(sorted(float(e) for e in table["eta_ref"].unique()))
+    finite = table[np.isfinite(table["loss"].to_numpy(float))]
+    broken = table.drop(finite.index).sort_values(["eta_ref", "T"])
+    lines = []
+    for eta_ref, runs in finite.groupby("eta_ref"):
+        runs = runs.sort_values("T")
+        T, loss = runs["T"].to_numpy(float), runs["loss"].to_numpy(float)
+        keep = _long_enough(T, loss)
+        if len(np.unique(T[keep])) >= 2:
+            left_out = tuple((int(t), float(x)) for t, x in zip(T[~keep], loss[~keep], strict=True))
+            line = fit_line(T[keep], loss[keep], float(eta_ref))  # type: ignore[arg-type]
+            lines.append(dataclasses.replace(line, left_out=left_out))
+    if not lines:
+        raise UserError(
+            "no eta_ref has finished runs at two horizons or more, so there is no line; run more of the grid"
+        )
+    diverged = tuple((float(e), int(t)) for e, t in zip(broken["eta_ref"], broken["T"], strict=True))
+    return HorizonFit(tuple(lines), rates, diverged)
+
+
+def _long_enough(T: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Which runs are long enough for the line: a mask over [P], by a rule fixed in advance.
+
+    The shortest horizon is left out if its losses are off the line through the longer ones: if one lies outside the
+    95% prediction interval of that line. Then the next shortest, as long as three horizons remain in the line.
+    """
+    keep = np.ones(len(T), bool)
+    while len(np.unique(T[keep])) > 3:
+        shortest = keep & (T[keep].min() == T)
+        line = fit_line(T[keep & ~shortest], loss[keep & ~shortest])
+        if all(x in line.predict(t) for t, x in zip(T[shortest], loss[shortest], strict=True)):
+            break
+        keep &= ~shortest
+    return keep

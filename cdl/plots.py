@@ -1,0 +1,126 @@
+"""Figures of a sweep. Each function draws one `matplotlib.figure.Figure` and touches no global state."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from cdl.plan import Plan
+
+__all__ = ["curves_figure", "horizon_figure", "rate_figure"]
+
+_GREY = "#666666"
+
+
+def horizon_figure(plan: Plan) -> Figure:
+    """Loss against 1/sqrt(T) with the fitted lines, as in Figures 8 and 9 of the paper.
+
+    Hollow points are horizons too short for the line. The bar at the left is the prediction interval of the plan,
+    stars are runs that tested predictions.
+    """
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    ax = figure.add_subplot()
+    fit, colors = plan.fit, _colors([line.eta_ref for line in plan.fit.lines])
+    for line in fit.lines:
+        best = line.eta_ref == plan.eta_ref
+        style = dict(color=colors[line.eta_ref], lw=2.2 if best else 1.2)
+        x = 1 / np.sqrt([plan.T, line.T.min()])
+        name = f"$\\eta_{{ref}}$ = {line.eta_ref:g}{' *' if best else ''},  $R^2$ = {line.r2:.4f}"
+        ax.plot(x, line.L_inf + line.Q * x, **style, label=name)
+        ax.plot(1 / np.sqrt(line.T), line.loss, "o", ms=5, color=style["color"])
+        for T, loss in line.left_out:
+            ax.plot(T**-0.5, loss, "o", ms=5, mfc="none", color=style["color"])
+    p = plan.prediction
+    if np.isfinite(p.high - p.low):
+        ax.errorbar(
+            plan.T**-0.5, p.loss, yerr=[[p.loss - p.low], [p.high - p.loss]], color="k", capsize=4, lw=1.4,
+            label=f"95% interval at T = {plan.T:,}", zorder=5,
+        )  # fmt: skip
+    for check in plan.checks:
+        ax.plot(check.T**-0.5, check.loss, "*", ms=13, mfc="w", mec="k", zorder=6, label="check run")
+    horizons = sorted({int(T) for line in fit.lines for T in line.T} | {T for x in fit.lines for T, _ in x.left_out})
+    ax.set(xlim=(0, None), xlabel="$1/\\sqrt{T}$", ylabel="held-out loss (nats a token)")
+    ax.set_title("Final loss at peak rate $\\eta_{ref}/\\sqrt{T}$", loc="left", fontsize=11)
+    top = ax.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))
+    shown = [plan.T, *horizons]
+    top.xaxis.set_major_locator(FixedLocator([T**-0.5 for T in shown]))
+    top.xaxis.set_minor_locator(NullLocator())
+    top.set_xticklabels([f"{T:,}" for T in shown], fontsize=7, rotation=60, color=_GREY)
+    top.set_xlabel("T", fontsize=8, color=_GREY)
+    _finish(ax)
+    return figure
+
+
+def rate_figure(table: pd.DataFrame, plan: Plan) -> Figure:
+    """Final loss against eta_ref, a line per horizon: where the best rate lies, and whether it stays there."""
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    ax = figure.add_subplot()
+    done = table[table["status"] == "done"]
+    horizons = sorted(done["T"].unique())
+    colors = _colors(horizons, "plasma")
+    for T in horizons:
+        runs = done[done["T"] == T].groupby("eta_ref")["loss"].mean()
+        ax.plot(runs.index, runs.to_numpy(), "o-", ms=4, lw=1.3, color=colors[T], label=f"T = {T:,}")
+        ax.plot(runs.idxmin(), runs.min(), "o", ms=9, mfc="none", mec=colors[T])
+    rates = [line.eta_ref for line in plan.fit.lines]
+    predicted = [line.predict(plan.T) for line in plan.fit.lines]
+    ax.plot(rates, [p.loss for p in predicted], "k--", lw=1.2, label=f"predicted, T = {plan.T:,}")
+    ax.set(xscale="log", xlabel="$\\eta_{ref}$", ylabel="held-out loss (nats a token)")
+    ax.xaxis.set_major_locator(FixedLocator(list(plan.fit.rates)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticklabels([f"{e:g}" for e in plan.fit.rates])
+    for e in sorted({e for e, _ in plan.fit.diverged}):
+        ax.axvline(e, color="r", lw=0.8, ls=":")
+    ax.set_title("Final loss by reference rate (ring: best of its horizon)", loc="left", fontsize=11)
+    _finish(ax)
+    return figure
+
+
+def curves_figure(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """Loss curves, a panel per horizon: training loss (running mean) and held-out loss (points).
+
+    Args:
+      table: of the sweep.
+      curves: id -> curve with columns step, train_loss, eval_loss.
+    """
+    horizons = sorted(table["T"].unique())
+    columns = min(3, len(horizons))
+    rows = -(-len(horizons) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    colors = _colors(sorted(table["eta_ref"].unique()))
+    for ax, T in zip(axes, horizons, strict=False):
+        runs = table[(table["T"] == T) & (table["seed"] == table["seed"].min())]
+        for run in runs.itertuples():
+            curve = curves[str(run.id)]
+            smooth = curve["train_loss"].rolling(max(1, int(T) // 50), min_periods=1, center=True).mean()
+            broken = "" if run.status == "done" else f" {run.status}"
+            color = colors[run.eta_ref]  # type: ignore[index]
+            ax.plot(curve["step"], smooth, lw=1, color=color, label=f"{run.eta_ref:g}{broken}")
+            ax.plot(curve["step"], curve["eval_loss"], "o", ms=3, color=color)
+        ax.set_title(f"T = {T:,}", fontsize=9)
+        _finish(ax, legend=False)
+    for ax in axes[len(horizons) :]:
+        ax.axis("off")
+    axes[0].set_ylabel("loss (nats a token)")
+    figure.supxlabel("update", fontsize=9)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, title="$\\eta_{ref}$", loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _colors(values: Sequence[float], name: str = "viridis") -> dict[float, tuple[float, ...]]:
+    """A colour for each of the ordered values."""
+    ramp = matplotlib.colormaps[name](np.linspace(0, 0.88, max(len(values), 2)))
+    return {v: tuple(c) for v, c in zip(values, ramp, strict=False)}
+
+
+def _finish(ax: Axes, legend: bool = True) -> None:
+    ax.grid(alpha=0.25, lw=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    if legend:
+        ax.legend(fontsize=8, frameon=False)

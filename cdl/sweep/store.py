@@ -1,0 +1,152 @@
+"""Results on disk: one folder per finished point, complete or absent.
+
+    runs/demo/sweep.json            what the sweep's points have in common, and their ids
+    runs/demo/<id>/point.json       config and data fingerprint
+    runs/demo/<id>/curve.parquet    step, eta, train_loss, eval_loss (rows: see `cdl.train.loop`)
+    runs/demo/<id>/result.json      status, final losses, time, versions
+
+A folder is written under a temporary name and renamed, so a reader sees all of it or nothing, and a crash leaves at
+most a temporary folder that the next sweep removes. Tables are made by reading the folders.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from cdl.errors import UserError
+
+if TYPE_CHECKING:  # a reader of results needs no model
+    from cdl.sweep.grid import Point
+
+__all__ = ["Store", "sweep_table"]
+
+_TEMPORARY = ".writing-"
+_STALE_SECONDS = 3600  # writing takes milliseconds; one this old belongs to nobody
+_FIRST = ["id", "status", "eta_ref", "T", "seed", "eta_peak", "loss", "train_loss", "seconds"]
+
+
+class Store:
+    """The folder of a sweep. Reading never writes."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def open_for(self, points: "Sequence[Point]") -> None:
+        """Make the folder this sweep's, or extend it by these points; remove what a crash left half-written.
+
+        A sweep may grow along eta_ref, T, seed and whatever else its grid varies.
+
+        Raises:
+          UserError: the folder holds a sweep that differs in another field, or something that is no sweep.
+        """
+        fixed = _common(points)
+        record = self.root / "sweep.json"
+        ids = {p.id for p in points}
+        if record.is_file():
+            old = _read_json(record)
+            for field in sorted(fixed.keys() & old["fixed"].keys()):
+                if fixed[field] != old["fixed"][field]:
+                    raise UserError(
+                        f"{self.root} belongs to another sweep: {field} is {old['fixed'][field]!r} there and "
+                        f"{fixed[field]!r} here; choose another --out, or set {field} as it is there"
+                    )
+            fixed = {k: v for k, v in old["fixed"].items() if k in fixed}
+            ids |= set(old["points"])
+        elif self.root.is_file():
+            raise UserError(f"--out={str(self.root)!r} is a file; choose a folder")
+        elif self.root.is_dir() and any(self.root.iterdir()):
+            raise UserError(f"--out={str(self.root)!r} holds other files and no sweep; choose a new folder")
+        self.root.mkdir(parents=True, exist_ok=True)
+        for left in self.root.glob(f"{_TEMPORARY}*"):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        text = json.dumps({"fixed": fixed, "points": sorted(ids)}, indent=1)
+        if not record.is_file() or record.read_text() != text:
+            temporary = self.root / f"{_TEMPORARY}{os.getpid()}-sweep.json"
+            temporary.write_text(text)
+            temporary.rename(record)
+
+    def ids(self) -> set[str]:
+        """Ids of the finished points, done or diverged."""
+        return {f.parent.name for f in self.root.glob("*/result.json") if not f.parent.name.startswith(".")}
+
+    def expected(self) -> set[str]:
+        """Ids of all points that sweeps into this folder were asked for."""
+        record = self.root / "sweep.json"
+        return set(_read_json(record)["points"]) if record.is_file() else self.ids()
+
+    def write(self, point: "Point", curve: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> None:
+        """Publish a finished point. One that is already there stays as it is."""
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.root))
+        temporary.chmod(0o755)  # mkdtemp makes it private, results are not
+        pd.DataFrame(dict(curve)).to_parquet(temporary / "curve.parquet", index=False)
+        described = {"id": point.id, "config": point.flat, "data.fingerprint": point.fingerprint}
+        (temporary / "point.json").write_text(json.dumps(described, indent=1))
+        (temporary / "result.json").write_text(json.dumps(dict(result), indent=1))
+        for file in temporary.iterdir():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+        try:
+            temporary.rename(self.root / point.id)
+        except OSError:
+            if not (self.root / point.id / "result.json").is_file():
+                raise
+            shutil.rmtree(temporary)  # somebody else finished the same point first
+
+    def curve(self, id: str) -> pd.DataFrame:
+        """The curve of one point: columns step, eta, train_loss, eval_loss."""
+        return pd.read_parquet(self.root / id / "curve.parquet")
+
+    def table(self) -> pd.DataFrame:
+        """One row per finished point: id, status, results, then every config field; by eta_ref, then T.
+
+        `loss` is the held-out loss after update T, in nats a token; NaN where the run diverged.
+        """
+        rows = []
+        for id in self.ids():
+            point = _read_json(self.root / id / "point.json")
+            result = _read_json(self.root / id / "result.json")
+            rows.append({"id": id} | result | point["config"])
+        if not rows:
+            return pd.DataFrame(columns=pd.Index(_FIRST))
+        table = pd.DataFrame(rows).astype({"loss": float, "train_loss": float})
+        rest = [c for c in table.columns if c not in _FIRST]
+        return table[_FIRST + rest].sort_values(["eta_ref", "T", "seed", "id"], ignore_index=True)
+
+
+def sweep_table(folder: str | Path) -> pd.DataFrame:
+    """The table of a sweep (see `Store.table`).
+
+    Raises:
+      UserError: no finished point in the folder.
+    """
+    store = Store(folder)
+    table = store.table()
+    if table.empty:
+        raise UserError(f"{folder} holds no finished run; start one with cdl sweep --out={folder}")
+    return table
+
+
+def _common(points: "Sequence[Point]") -> dict[str, Any]:
+    """What all points share, apart from the axes along which any sweep may grow."""
+    first = points[0].identity
+    return {
+        k: v
+        for k, v in first.items()
+        if k not in ("eta_ref", "T", "seed") and all(p.identity.get(k) == v for p in points)
+    }
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path} is damaged ({e}); remove its folder and run the sweep again") from e
