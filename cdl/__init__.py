@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cdl.errors import UserError
     from cdl.laws.horizon import fit_horizon
-    from cdl.plan import plan
+    from cdl.planning import plan
     from cdl.report import write_report
     from cdl.schedules import optax_schedule, schedule
     from cdl.sweep.store import sweep_table
@@ -20,7 +20,7 @@ _HOME = {
     "UserError": "cdl.errors",
     "fit_horizon": "cdl.laws.horizon",
     "optax_schedule": "cdl.schedules",
-    "plan": "cdl.plan",
+    "plan": "cdl.planning",
     "schedule": "cdl.schedules",
     "sweep_table": "cdl.sweep.store",
     "write_report": "cdl.report",

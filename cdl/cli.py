@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from cdl import config as configs
-    from cdl.plan import CHECKS, plan
+    from cdl.planning import CHECKS, plan
     from cdl.report import write_report
     from cdl.sweep.run import points_of
     from cdl.sweep.store import Store
@@ -156,10 +156,9 @@ def _train_points(console: "Console", points: "Sequence[Point]", store: "Store",
     missing = len({p.id for p in points} - store.ids())
     if not missing:
         many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
-        console.print(f"{store.root}: {many} there already, nothing to train.", highlight=False)
+        console.print(f"{store.root}: {many} there already, nothing to train.", highlight=False, soft_wrap=True)
         return
-    if lanes is None or lanes > 1:
-        use_cpu_cores(missing)
+    use_cpu_cores(min(missing, lanes or missing))
     try:
         with TerminalProgress(console) as progress:
             run_points(points, store, progress, lanes)
@@ -177,7 +176,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from cdl.plan import plan
+    from cdl.planning import plan
 
     print(plan(arguments.folder, arguments.T).summary())
 

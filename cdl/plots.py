@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from cdl.plan import Plan
+from cdl.planning import Plan
 
 __all__ = ["curves_figure", "horizon_figure", "rate_figure"]
 

@@ -71,6 +71,7 @@ class TerminalProgress:
             f"  eta_ref {point.config.eta_ref:<6g}  T {point.config.T:<6}  {loss}  "
             f"({duration(result['seconds'])}){self._left()}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def _advance(self, id: str, step: int) -> None:

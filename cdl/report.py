@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from cdl.plan import Plan, plan
+from cdl.planning import Plan, plan
 from cdl.plots import curves_figure, horizon_figure, rate_figure
 from cdl.progress import duration
 from cdl.sweep.store import Store, sweep_table
@@ -26,7 +26,7 @@ def write_report(folder: str | Path, T: int | None = None) -> tuple[Plan, list[P
       the plan, and the files written, the page first.
 
     Raises:
-      UserError: as `cdl.plan.plan`.
+      UserError: as `cdl.plan`.
     """
     root = Path(folder)
     store, table, made = Store(root), sweep_table(root), plan(root, T)

@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
 
 
 def sweep() -> list[dict[str, Any]]:
-    """The grid: four rates, a factor of 2 apart, and six horizons; the shortest are there to show where the law begins."""
+    """The grid: four rates, a factor of 2 apart, and six horizons, the shortest to show where the law begins."""
     return product(eta_ref=[0.5, 1.0, 2.0, 4.0], T=[100, 200, 400, 700, 1000, 1600])

@@ -14,12 +14,13 @@ their relative path), so that the held-out tail of the stream is a fair sample o
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from ml_collections import ConfigDict
 
 from cdl.errors import UserError
 
@@ -69,7 +70,7 @@ def read_corpus(path: str, heldout: float) -> Corpus:
     raise UserError(f"data.path={path!r} does not exist; give 'stdlib', a text or .bin file, or a folder")
 
 
-def batches(corpus: Corpus, section: Mapping[str, Any], seed: int) -> grain.MapDataset:
+def batches(corpus: Corpus, section: ConfigDict, seed: int) -> grain.MapDataset:
     """Random access to batches: ``batches(...)[k-1]`` is the batch of update k, tokens_BxS1.
 
     Windows of S+1 tokens, S apart, are visited in a random order, each once an epoch, a new order every epoch. The
@@ -78,26 +79,26 @@ def batches(corpus: Corpus, section: Mapping[str, Any], seed: int) -> grain.MapD
     Raises:
       UserError: the stream is too short for one batch.
     """
-    B, S = section["batch_size"], section["seq_len"]
+    B, S = section.batch_size, section.seq_len
     windows = _windows("training", corpus.train, section)
     return grain.MapDataset.source(_Windows(corpus.train, windows, S)).seed(seed).shuffle().repeat().batch(B)
 
 
-def heldout_batches(corpus: Corpus, section: Mapping[str, Any], tokens: int) -> np.ndarray:
+def heldout_batches(corpus: Corpus, section: ConfigDict, tokens: int) -> np.ndarray:
     """The fixed held-out set, tokens_ExBxS1: about `tokens` predicted tokens, spread evenly over the held-out stream.
 
     Raises:
       UserError: the held-out stream is too short for one batch.
     """
-    B, S = section["batch_size"], section["seq_len"]
+    B, S = section.batch_size, section.seq_len
     windows = _windows("evaluation", corpus.heldout, section)
     E = min(max(1, round(tokens / (B * S))), windows // B)
     starts = np.linspace(0, windows - 1, E * B).astype(np.int64) * S
     return np.stack([corpus.heldout[i : i + S + 1] for i in starts]).reshape(E, B, S + 1)
 
 
-class _Windows:
-    """Grain's random-access source: item i is window i."""
+class _Windows(grain.sources.RandomAccessDataSource):
+    """Item i is window i."""
 
     def __init__(self, tokens: np.ndarray, n: int, S: int):
         self._tokens, self._n, self._S = tokens, n, S
@@ -105,22 +106,23 @@ class _Windows:
     def __len__(self) -> int:
         return self._n
 
-    def __getitem__(self, i: Any) -> np.ndarray:
-        return np.asarray(self._tokens[i * self._S : (i + 1) * self._S + 1])
+    def __getitem__(self, index: Any) -> np.ndarray:
+        start = index * self._S
+        return np.asarray(self._tokens[start : start + self._S + 1])
 
     def __repr__(self) -> str:
         return f"_Windows(n={self._n}, S={self._S})"
 
 
-def _windows(what: str, tokens: np.ndarray, section: Mapping[str, Any]) -> int:
-    B, S = section["batch_size"], section["seq_len"]
+def _windows(what: str, tokens: np.ndarray, section: ConfigDict) -> int:
+    B, S = section.batch_size, section.seq_len
     for name, value in (("batch_size", B), ("seq_len", S)):
         if value < 1:
             raise UserError(f"data.{name}={value} must be at least 1")
     windows = (len(tokens) - 1) // S
     if windows < B:
         raise UserError(
-            f"data.path={section['path']!r} has {len(tokens)} tokens for {what}, one batch of {B} x {S} needs "
+            f"data.path={section.path!r} has {len(tokens)} tokens for {what}, one batch of {B} x {S} needs "
             f"{B * S + 1}; use a longer text, or a smaller data.batch_size or data.seq_len"
         )
     return windows

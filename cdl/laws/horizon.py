@@ -22,6 +22,8 @@ from cdl.errors import UserError
 __all__ = ["HorizonFit", "Line", "Prediction", "fit_horizon", "fit_line"]
 
 LEVEL = 0.95  # of every interval here
+ALWAYS_IN = 4  # horizons that the rule for too short ones starts from
+LEAST_R2 = 0.95  # the paper calls a fit good from here on
 MOST_EXTRAPOLATION = 100.0  # further than this times the longest horizon, a line is only a guess
 
 
@@ -130,9 +132,19 @@ class HorizonFit:
                 return line
         raise UserError(f"eta_ref={eta_ref:g} has no line; there are {[x.eta_ref for x in self.lines]}")
 
+    def alike(self, T: float) -> list[Line]:
+        """The lines that cannot be told apart at T: those within the prediction interval of the lowest one."""
+        lowest = min(self.lines, key=lambda line: line.at(T))
+        interval = lowest.predict(T)
+        return [line for line in self.lines if line.at(T) in interval]
+
     def best(self, T: float) -> Line:
-        """The line with the lowest loss after T updates: its eta_ref is eta_ref* for that horizon."""
-        return min(self.lines, key=lambda line: line.at(T))
+        """The line whose eta_ref to use at horizon T: eta_ref*.
+
+        Of the lines that cannot be told apart at T, the one that is lowest at the longest horizon trained: between
+        rates that the extrapolation cannot separate, what was measured decides.
+        """
+        return min(self.alike(T), key=lambda line: line.at(self.longest))
 
     def warnings(self, T: float) -> list[str]:
         """What a person should know before trusting a prediction at horizon T, a sentence each."""
@@ -152,9 +164,17 @@ class HorizonFit:
             if line.left_out:
                 horizons = ", ".join(str(t) for t, _ in line.left_out)
                 found.append(f"eta_ref={line.eta_ref:g}: T = {horizons} is too short for the line and left out of it")
-        n = len(best.T)
-        if n < 4:
-            found.append(f"the line of eta_ref={best.eta_ref:g} rests on {n} runs; add horizons")
+            if line.r2 < LEAST_R2:
+                found.append(f"eta_ref={line.eta_ref:g}: R2 = {line.r2:.2f}, the losses do not lie on a line")
+        others = [f"{line.eta_ref:g}" for line in self.alike(T) if line is not best]
+        if others:
+            found.append(
+                f"eta_ref = {', '.join(others)} cannot be told apart from {best.eta_ref:g} at T={T:g}; "
+                f"of these, {best.eta_ref:g} is best at T={self.longest}"
+            )
+        n = len(np.unique(best.T))
+        if n < ALWAYS_IN:
+            found.append(f"the line of eta_ref={best.eta_ref:g} rests on {n} horizons; add some")
         if best.Q <= 0:
             found.append(f"the loss at eta_ref={best.eta_ref:g} does not fall with T; the law does not hold here")
         if MOST_EXTRAPOLATION * self.longest < T:
@@ -163,7 +183,7 @@ class HorizonFit:
 
     def summary(self, T: float | None = None) -> str:
         """The lines as a table of text, with predictions at horizon T (four times the longest if None)."""
-        T = T or 4 * self.longest
+        T = 4 * self.longest if T is None else T
         best = self.best(T)
         head = f"{'eta_ref':>8}  {'L_inf':>7} {'±':>6}  {'Q':>7} {'±':>6}  {'R2':>6}  {'runs':>4}  loss at T={T:g}"
         rows = [head]
@@ -213,14 +233,13 @@ def fit_horizon(table: pd.DataFrame) -> HorizonFit:
 def _long_enough(T: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Which runs are long enough for the line: a mask over [P], by a rule fixed in advance.
 
-    The shortest horizon is left out if its losses are off the line through the longer ones: if one lies outside the
-    95% prediction interval of that line. Then the next shortest, as long as three horizons remain in the line.
+    The `ALWAYS_IN` longest horizons are. The next shorter one joins as long as its losses lie in the 95% prediction
+    interval of the line through those already in; the first that does not is too short, and so are all below it.
     """
-    keep = np.ones(len(T), bool)
-    while len(np.unique(T[keep])) > 3:
-        shortest = keep & (T[keep].min() == T)
-        line = fit_line(T[keep & ~shortest], loss[keep & ~shortest])
-        if all(x in line.predict(t) for t, x in zip(T[shortest], loss[shortest], strict=True)):
-            break
-        keep &= ~shortest
-    return keep
+    horizons = np.unique(T)[::-1]
+    for i in range(ALWAYS_IN, len(horizons)):
+        longer, here = horizons[i] < T, horizons[i] == T
+        line = fit_line(T[longer], loss[longer])
+        if not all(x in line.predict(t) for t, x in zip(T[here], loss[here], strict=True)):
+            return longer
+    return np.ones(len(T), bool)

@@ -104,7 +104,7 @@ def scale_by_muon_nsgd(
         tensor_ranks(params, rules)  # raises here, before any training
         return optax.TraceState(trace=jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: optax.TraceState, params: Any = None) -> tuple[Any, optax.TraceState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
         del params
         trace = jax.tree.map(lambda g, m: momentum * m + g, updates, state.trace)
 

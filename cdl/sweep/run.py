@@ -22,7 +22,7 @@ from cdl.sweep.store import Store
 from cdl.train.loop import LaneStatus, Outcome, Run, train
 from cdl.train.step import Program
 
-__all__ = ["Listener", "points_of", "run_points", "use_cpu_cores"]
+__all__ = ["Listener", "points_of", "program_for", "run_points", "use_cpu_cores"]
 
 _BLOCK_BYTES = 4 << 20  # of batches in one dispatch and lane
 _MOST_BLOCK = 64
@@ -81,21 +81,26 @@ def run_points(points: Sequence[Point], store: Store, listener: Listener, lanes:
         return
     todo.sort(key=lambda p: -p.config.T)
     devices, lanes = _devices(lanes, len(todo))
-    listener.start(todo, len(points) - len(todo), lanes)
+    listener.start(todo, len(points) - len(todo), min(lanes, len(todo)))
     groups: dict[str, list[Point]] = {}
     for point in todo:
         groups.setdefault(point.program, []).append(point)
     for group in groups.values():
-        model, optimizer, heldout = _parts(group[0])
-        data = group[0].config.data
-        block = min(_MOST_BLOCK, max(1, _BLOCK_BYTES // (data.batch_size * (data.seq_len + 1) * 2)))
-        program = Program(model, optimizer, heldout, lanes=lanes, devices=devices, block=block)
+        program = program_for(group[0], lanes, devices)
         by_id = {p.id: p for p in group}
         for outcome in train(program, map(_run_of, group), listener.block):
             point = by_id[outcome.run.id]
-            result = _result(point, outcome, model.n_params)
+            result = _result(point, outcome, program.n_params)
             store.write(point, outcome.curve, result)
             listener.finished(point, result)
+
+
+def program_for(point: Point, lanes: int, devices: Sequence[jax.Device]) -> Program:
+    """The program that runs this point and all points with an equal `program`."""
+    model, optimizer, heldout = _parts(point)
+    data = point.config.data
+    block = min(_MOST_BLOCK, max(1, _BLOCK_BYTES // (data.batch_size * (data.seq_len + 1) * 2)))
+    return Program(model, optimizer, heldout, lanes=lanes, devices=devices, block=block)
 
 
 def use_cpu_cores(runs: int) -> None:
@@ -106,14 +111,21 @@ def use_cpu_cores(runs: int) -> None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        jax.config.update("jax_num_cpu_devices", max(1, min(cores, runs)))
+        jax.config.update("jax_num_cpu_devices", max(2, min(cores, runs)))
     except RuntimeError:
         return  # JAX is in use already, as in a notebook: its devices are what there is
 
 
 def _devices(lanes: int | None, runs: int) -> tuple[list[jax.Device], int]:
+    """Devices to use and lanes on them.
+
+    On a CPU at least two devices, of which one may idle: XLA compiles a program for one device by another route than
+    for several, with other last bits, and a run is to be the same alone and in company.
+    """
     devices = jax.local_devices()
     lanes = lanes or min(len(devices), runs)
+    if devices[0].platform == "cpu":
+        lanes = max(lanes, min(2, len(devices)))
     if lanes <= len(devices):
         return devices[:lanes], lanes
     if lanes % len(devices):

@@ -119,8 +119,8 @@ def _refill(program: Program, lanes: list[_Live | None], waiting: deque[Run]) ->
     seeds = {}
     for i, live in enumerate(lanes):
         if live is None and waiting:
-            lanes[i] = _Live(waiting.popleft(), time.monotonic())
-            seeds[i] = lanes[i].run.seed
+            run = waiting.popleft()
+            lanes[i], seeds[i] = _Live(run, time.monotonic()), run.seed
     if seeds:
         program.fill(seeds)
 
@@ -195,7 +195,8 @@ class _Pace:
     """How many steps make a block of `BLOCK_SECONDS`, learned from the blocks read so far."""
 
     def __init__(self, most: int):
-        self._most, self._steps, self._last = most, 1.0, None
+        self._most, self._steps = most, 1.0
+        self._last: float | None = None
 
     def steps(self) -> int:
         return int(min(max(self._steps, 1), self._most))

@@ -145,9 +145,5 @@ class Program:
         """The state of all lanes, leading axis R."""
         return self._state
 
-    def compilations(self) -> int:
-        """How many programs were compiled so far: at most one each for filling, training and evaluating."""
-        return sum(f._cache_size() for f in (self._fill, self._train, self._evaluate))
-
     def _put(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(x, self._by_run)

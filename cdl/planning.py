@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def eta_ref(self) -> float:
-        """eta_ref*: that of the line which is lowest at T."""
+        """eta_ref*, by `HorizonFit.best`."""
         return self.line.eta_ref
 
     @property
@@ -88,7 +88,7 @@ def plan(folder: str | Path, T: int | None = None) -> Plan:
     table = sweep_table(folder)
     _one_setting(table, folder)
     fit = fit_horizon(table)
-    T = T or FURTHER * fit.longest
+    T = FURTHER * fit.longest if T is None else T
     if T < 1:
         raise UserError(f"T={T} must be at least 1")
     line = fit.best(T)

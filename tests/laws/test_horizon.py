@@ -1,0 +1,157 @@
+"""The line against certified values, the paper's table, and its own promises."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cdl.errors import UserError
+from cdl.laws.horizon import fit_horizon, fit_line
+
+# NIST Statistical Reference Datasets, linear regression, "Norris": y on x, with its certified values.
+NORRIS_X = """0.2 337.4 118.2 884.6 10.1 226.5 666.3 996.3 448.6 777.0 558.2 0.4 0.6 775.5 666.9 338.0 447.5 11.6
+556.0 228.1 995.8 887.6 120.2 0.3 0.3 556.8 339.1 887.2 999.0 779.0 11.1 118.3 229.2 669.1 448.9 0.5"""
+NORRIS_Y = """0.1 338.8 118.1 888.0 9.2 228.1 668.5 998.5 449.1 778.9 559.2 0.3 0.1 778.1 668.8 339.3 448.9 10.8 557.7
+228.3 998.0 888.8 119.6 0.3 0.6 557.6 339.3 888.0 998.5 778.9 10.2 117.6 228.9 668.4 449.2 0.2"""
+
+
+def test_line_equals_certified_values() -> None:
+    x, y = (np.array(text.split(), float) for text in (NORRIS_X, NORRIS_Y))
+    line = fit_line(x**-2, y)  # so that 1/sqrt(T) is x
+    assert line.Q == pytest.approx(1.00211681802045, rel=1e-10)
+    assert line.L_inf == pytest.approx(-0.262323073774029, rel=1e-9)
+    assert line.Q_se == pytest.approx(0.429796848199937e-03, rel=1e-9)
+    assert line.L_inf_se == pytest.approx(0.232818234301152, rel=1e-9)
+    assert line.r2 == pytest.approx(0.999993745883712, rel=1e-12)
+    # The interval at the mean of x is s * t * sqrt(1 + 1/n), with the certified residual standard deviation s.
+    at_mean = line.predict(x.mean() ** -2)
+    t_34 = 2.0322445093  # 97.5% point of Student's t with 34 degrees of freedom
+    assert at_mean.high - at_mean.loss == pytest.approx(0.884796396144373 * t_34 * math.sqrt(37 / 36), rel=1e-6)
+
+
+def test_table_6_of_the_paper() -> None:
+    """Slope, intercept and R2 of rows of Table 6 from the Chinchilla runs it was made of (sizes rounded)."""
+    path = Path(__file__).parents[2] / "../shared/data/chinchilla/svg_extracted_data.csv"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here: 245 published runs, epoch-research/analyzing-chinchilla")
+    runs = pd.read_csv(path)
+    runs["size"] = (runs["Model Size"] / 1e9).round(3)
+    runs["tokens"] = runs["Training FLOP"] / 6 / runs["Model Size"]
+    printed = {
+        0.074: (5, "3.22e+04", "2.825", "0.991"),
+        0.425: (8, "3.27e+04", "2.430", "0.998"),
+        1.143: (10, "3.10e+04", "2.275", "0.998"),
+        2.007: (8, "3.62e+04", "2.178", "0.999"),
+        6.796: (8, "4.66e+04", "2.023", "0.999"),
+        12.569: (3, "4.23e+04", "2.053", "1.000"),
+    }
+    for size, (n, slope, intercept, r2) in printed.items():
+        these = runs[np.isclose(runs["size"], size)]
+        line = fit_line(these["tokens"].to_numpy(), these["loss"].to_numpy())
+        assert (len(line.T), f"{line.Q:.2e}", f"{line.L_inf:.3f}", f"{line.r2:.3f}") == (n, slope, intercept, r2)
+
+
+def test_prediction_intervals_hold_what_they_promise() -> None:
+    """95% of new runs at four times the longest horizon land in the interval, over 4,000 simulated sweeps."""
+    rng = np.random.default_rng(0)
+    T = np.array([400, 700, 1000, 1600.0])
+    noise = 0.01 * rng.standard_normal((4000, 5))
+    truth = 1.0 + 19 / np.sqrt([*T, 6400.0])
+    inside = [truth[4] + e[4] in fit_line(T, truth[:4] + e[:4]).predict(6400) for e in noise]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.011)  # three standard errors of that mean
+
+
+def lines(T: list[int], losses: dict[float, list[float]]) -> pd.DataFrame:
+    rows = [(e, t, x) for e, xs in losses.items() for t, x in zip(T, xs, strict=True)]
+    return pd.DataFrame(rows, columns=pd.Index(["eta_ref", "T", "loss"]))
+
+
+HORIZONS = [100, 200, 400, 700, 1000, 1600]
+
+
+def straight(L_inf: float, Q: float, noise: float = 0.003, seed: int = 0) -> list[float]:
+    e = np.random.default_rng(seed).standard_normal(len(HORIZONS))
+    return list(L_inf + Q / np.sqrt(HORIZONS) + noise * e)
+
+
+def test_fit_recovers_lines_and_the_best_rate() -> None:
+    fit = fit_horizon(lines(HORIZONS, {0.5: straight(1.0, 24), 1.0: straight(1.0, 19), 2.0: straight(1.0, 25)}))
+    best = fit.best(6400)
+    assert best.eta_ref == 1.0
+    assert best.L_inf == pytest.approx(1.0, abs=0.01)
+    assert best.Q == pytest.approx(19, abs=0.3)
+    assert all(len(line.T) == 6 for line in fit.lines)
+    assert fit.warnings(6400) == []
+    assert "<- eta_ref*" in fit.summary().splitlines()[2]
+
+
+def test_horizons_that_are_too_short_are_left_out_and_named() -> None:
+    losses = straight(1.0, 19)
+    losses[0] -= 0.5
+    losses[1] -= 0.1
+    (line,) = fit_horizon(lines(HORIZONS, {1.0: losses})).lines
+    assert [t for t, _ in line.left_out] == [100, 200]
+    assert line.T.tolist() == [400, 700, 1000, 1600]
+    fit = fit_horizon(lines(HORIZONS, {1.0: losses}))
+    assert any("T = 100, 200 is too short" in w for w in fit.warnings(6400))
+
+
+def test_a_short_horizon_off_the_line_cannot_hide_behind_another() -> None:
+    """Both short ones bend the same way: the fit through all is poor, and tested against it neither would stand out."""
+    losses = [2.4532, 2.2810, 2.0778, 1.8077, 1.6932, 1.5513]
+    (line,) = fit_horizon(lines(HORIZONS, {0.5: losses})).lines
+    assert [t for t, _ in line.left_out] == [100, 200]
+
+
+def test_between_rates_that_cannot_be_told_apart_the_measured_one_decides() -> None:
+    fit = fit_horizon(lines(HORIZONS, {1.0: straight(1.06, 18.6, 0.02), 2.0: straight(1.0, 21.5, 0.02, seed=1)}))
+    at_6400 = {line.eta_ref: line.at(6400) for line in fit.lines}
+    assert at_6400[2.0] < at_6400[1.0]  # the steeper line would win by extrapolation alone
+    assert fit.best(6400).eta_ref == 1.0
+    assert any("eta_ref = 2 cannot be told apart from 1" in w for w in fit.warnings(6400))
+    far_apart = fit_horizon(lines(HORIZONS, {1.0: straight(1.06, 18.6, 1e-4), 2.0: straight(1.0, 20.5, 1e-4)}))
+    assert far_apart.best(1e6).eta_ref == 2.0  # where the extrapolation is certain, it decides
+
+
+@pytest.mark.parametrize(("best", "edge", "add"), [(0.5, "smallest", "0.25"), (4.0, "largest", "8")])
+def test_best_rate_on_the_edge_is_said(best: float, edge: str, add: str) -> None:
+    fit = fit_horizon(lines(HORIZONS, {e: straight(1, 19 + 3 * abs(math.log2(e / best))) for e in (0.5, 1, 2, 4)}))
+    (warning,) = fit.warnings(6400)
+    assert f"the {edge} of the grid" in warning
+    assert f"add eta_ref={add}" in warning
+
+
+def test_a_best_rate_beside_a_diverged_one_is_not_on_the_edge() -> None:
+    fit = fit_horizon(lines(HORIZONS, {0.5: straight(1, 25), 1.0: straight(1, 19), 2.0: [math.nan] * 6}))
+    warnings = fit.warnings(6400)
+    assert not any("edge" in w or "of the grid" in w for w in warnings)
+    assert any("eta_ref=2 diverged at T = 100, 200, 400, 700, 1000, 1600" in w for w in warnings)
+
+
+def test_weak_evidence_is_said() -> None:
+    two = fit_horizon(lines([100, 400], {1.0: [2.0, 1.5]}))
+    assert any("rests on 2 horizons" in w for w in two.warnings(1600))
+    assert two.lines[0].predict(1600).high == math.inf
+    assert math.isnan(two.lines[0].Q_se)
+    rising = fit_horizon(lines(HORIZONS, {1.0: straight(2.0, -3)}))
+    assert any("does not fall with T" in w for w in rising.warnings(6400))
+    crooked = fit_horizon(lines(HORIZONS, {1.0: [3, 2.4, 2.6, 2.2, 2.5, 2.1]}))
+    assert any("do not lie on a line" in w for w in crooked.warnings(6400))
+    assert any("a guess" in w for w in two.warnings(1e6))
+
+
+def test_seeds_are_rows_of_one_line() -> None:
+    table = pd.concat([lines(HORIZONS, {1.0: straight(1, 19, seed=s)}) for s in range(3)])
+    (line,) = fit_horizon(table).lines
+    assert len(line.T) == 18
+
+
+def test_tables_that_cannot_be_fitted_are_named() -> None:
+    with pytest.raises(UserError, match=r"lacks the columns \['loss'\]"):
+        fit_horizon(pd.DataFrame({"eta_ref": [1.0], "T": [1]}))
+    with pytest.raises(UserError, match="two horizons"):
+        fit_horizon(lines([100], {1.0: [2.0], 2.0: [2.1]}))
+    with pytest.raises(UserError, match="needs two horizons"):
+        fit_line([100, 100], [1.0, 1.1])

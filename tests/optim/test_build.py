@@ -1,0 +1,57 @@
+"""Optimizers from config sections: the injected rate, and bad sections."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cdl.errors import UserError
+from cdl.optim.build import OPTIMIZERS, build, optimizer_arguments
+
+PARAMS = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+
+
+def run(optimizer: Any, rates: list[float], inject: bool) -> Any:
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for k, eta in enumerate(rates):
+        g = jax.tree.map(lambda x, k=k: jax.random.normal(jax.random.key(k), x.shape), PARAMS)
+        if inject:
+            state = optax.tree_utils.tree_set(state, learning_rate=jnp.float32(eta))
+        updates, state = optimizer.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_injected_rate_equals_a_schedule(name: str) -> None:
+    rates = [0.1, 0.03, 0.2]
+    section = {"name": name} | optimizer_arguments(name)
+    injected = run(build(section), rates, inject=True)
+    scheduled = run(OPTIMIZERS[name](lambda count: jnp.asarray(rates)[count]), rates, inject=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), injected, scheduled)
+
+
+def test_weight_decay_spares_vectors() -> None:
+    for name in OPTIMIZERS:
+        with_decay = run(OPTIMIZERS[name](0.1, weight_decay=0.5), [0.1], inject=False)
+        without = run(OPTIMIZERS[name](0.1, weight_decay=0.0), [0.1], inject=False)
+        np.testing.assert_array_equal(with_decay["bias"], without["bias"])
+        np.testing.assert_allclose(without["kernel"] - with_decay["kernel"], 0.1 * 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"name": "muon"}, "no optimizer 'muon'; did you mean 'muon_nsgd'"),
+        ({"name": "adamw", "momentum": 0.9}, "no argument of optimizer 'adamw' 'momentum'"),
+        ({"name": "sgd", "momentum": 1.0}, "optimizer.momentum=1.0"),
+        ({"name": "adamw", "weight_decay": -0.1}, "optimizer.weight_decay=-0.1"),
+    ],
+)
+def test_bad_sections_are_named(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as e:
+        build(section)
+    assert said in str(e.value)

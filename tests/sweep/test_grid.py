@@ -1,0 +1,113 @@
+"""Points: identity, grouping, expansion; and the changes of a config behind them."""
+
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from cdl.config import base, change, flatten, from_flat, load, parse_assignments, section
+from cdl.errors import UserError
+from cdl.models.build import MODELS
+from cdl.optim.build import OPTIMIZERS
+from cdl.schedules import SHAPES
+from cdl.sweep.grid import Point, expand, product
+
+
+def point(fingerprint: str = "f", **changes: Any) -> Point:
+    return Point(flatten(change(base(), {k.replace("__", "."): v for k, v in changes.items()})), fingerprint)
+
+
+def test_id_is_of_what_decides_the_result_and_nothing_else() -> None:
+    assert point().id == point().id
+    assert point().id == point(data__path="/elsewhere").id  # the same tokens in another place
+    others = [
+        point(fingerprint="g"), point(T=401), point(eta_ref=1.1), point(seed=1), point(model__n_layer=3),
+        point(schedule__name="linear"), point(optimizer__weight_decay=0.0), point(eval__times=1),
+    ]  # fmt: skip
+    assert len({p.id for p in [point(), *others]}) == 1 + len(others)
+
+
+def test_id_survives_a_round_trip_through_json() -> None:
+    p = point(schedule__name="step", schedule__at=(0.2, 0.6))
+    import json
+
+    assert Point(json.loads(json.dumps(p.flat)), "f").id == p.id
+    assert p.config.schedule.at == (0.2, 0.6)
+
+
+def test_points_of_one_program_differ_in_lane_data_alone() -> None:
+    same = [point(T=50), point(eta_ref=9.0), point(seed=4), point(schedule__name="wsd", schedule__decay=0.3)]
+    assert {p.program for p in same} == {point().program}
+    assert point(model__d_model=32).program != point().program
+    assert point(optimizer__name="adamw").program != point().program
+
+
+def test_product_is_complete_and_in_order() -> None:
+    grid = product(a=[1, 2], b=["x", "y", "z"])
+    assert [(g["a"], g["b"]) for g in grid] == [(a, b) for a in (1, 2) for b in "xyz"]
+    for axes in (dict(a=[]), dict(a=[1, 1]), dict(a=[0.1, 0.1])):
+        with pytest.raises(UserError, match="axis a"):
+            product(**axes)
+
+
+def test_expand_refuses_a_point_twice_and_unknown_fields() -> None:
+    def fingerprint(config: ConfigDict) -> str:
+        return "f"
+
+    assert len(expand(base(), product(T=[10, 20], eta_ref=[1.0]), fingerprint)) == 2
+    with pytest.raises(UserError, match="twice"):
+        expand(base(), [dict(T=10), dict(T=10)], fingerprint)
+    with pytest.raises(UserError, match="'eta_reff'; did you mean 'eta_ref'"):
+        expand(base(), [dict(eta_reff=1.0)], fingerprint)
+
+
+@pytest.mark.parametrize(("kind", "names"), [("model", MODELS), ("optimizer", OPTIMIZERS), ("schedule", SHAPES)])
+def test_a_new_name_brings_its_own_section(kind: str, names: Any) -> None:
+    for name in names:
+        c = change(base(), {f"{kind}.name": name})
+        assert set(c[kind]) >= set(section(kind, name))
+        assert c[kind].name == name
+    assert change(base(), {"schedule.name": "wsd"}).schedule.warmup == 0.02
+
+
+def test_changes_keep_the_kind_of_their_field() -> None:
+    c = change(base(), {"schedule.warmup": 100, "eta_ref": 2, "T": 800.0})
+    assert (c.schedule.warmup, type(c.schedule.warmup)) == (100, int)  # a number of updates
+    assert (c.eta_ref, type(c.eta_ref)) == (2.0, float)
+    assert (c.T, type(c.T)) == (800, int)
+    for bad in ({"T": 1.5}, {"T": "many"}, {"schedule.name": 3}, {"model.n_layer": True}, {"model": 3}):
+        with pytest.raises(UserError):
+            change(base(), bad)
+    assert base().T == change(base(), {}).T  # a copy: the original is as it was
+    assert flatten(from_flat(flatten(c))) == flatten(c)
+
+
+def test_assignments() -> None:
+    parsed = parse_assignments(["T=100", "optimizer.name=adamw", "data.path=a=b.txt", "schedule.at=(0.1,0.2)"])
+    assert parsed == {"T": 100, "optimizer.name": "adamw", "data.path": "a=b.txt", "schedule.at": (0.1, 0.2)}
+    for bad in (["T"], ["=3"], ["T=1", "T=2"]):
+        with pytest.raises(UserError):
+            parse_assignments(bad)
+
+
+@pytest.mark.parametrize("file", ["configs/demo.py", "configs/gpt2.py", "configs/gpt2.py:7B", "configs/gpt2.py:3k"])
+def test_configs_build(file: str, request: pytest.FixtureRequest) -> None:
+    config, grid = load(str(request.config.rootpath / file))
+    assert grid
+    points = expand(config, grid, lambda c: "f")
+    assert len(points) == len(grid)
+    assert all(p.config.T >= 100 for p in points)
+
+
+def test_config_files_that_cannot_work_are_named(tmp_path: Any) -> None:
+    files = {
+        "no.py": ("x = 1", "no get_config"),
+        "extra.py": ("import cdl.config\ndef get_config():\n c = cdl.config.base(); c.sed = 1; return c", "'sed'"),
+        "less.py": ("import cdl.config\ndef get_config():\n c = cdl.config.base(); del c.seed; return c", "lacks"),
+    }
+    for name, (text, words) in files.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=words):
+            load(str(tmp_path / name))
+    with pytest.raises(UserError, match="does not exist"):
+        load(str(tmp_path / "absent.py"))

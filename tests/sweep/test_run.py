@@ -1,0 +1,151 @@
+"""Sweeps as their user runs them: killed and resumed, extended, repeated."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from ml_collections import ConfigDict
+
+from cdl.config import base, flatten
+from cdl.planning import plan
+from cdl.sweep.run import points_of
+from cdl.sweep.store import Store, sweep_table
+
+from ..conftest import TINY
+
+VOLATILE = ["seconds", "tokens_per_s", "finished"]
+
+
+def sweep(out: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "cdl.cli", "sweep", f"--config={TINY}", f"--out={out}", *arguments]
+
+
+def equal(a: Path, b: Path) -> None:
+    """Two sweep folders hold the same results, bit for bit."""
+    left, right = (sweep_table(f).drop(columns=VOLATILE) for f in (a, b))
+    pd.testing.assert_frame_equal(left, right, check_exact=True)
+    for id in left["id"]:
+        pd.testing.assert_frame_equal(Store(a).curve(id), Store(b).curve(id), check_exact=True)
+
+
+def test_sigkill_at_several_moments_loses_and_changes_nothing(tiny_sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    moments = random.Random(0)
+    seen: set[str] = set()
+    for more in (0, 1, 0, 1, 2):  # kill when this many more points are published, and up to 20 ms later
+        process = subprocess.Popen(sweep(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (
+            len(Store(out).ids()) < len(seen) + more or not (out / "sweep.json").exists()
+        ):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.02))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = Store(out).ids()
+        assert seen <= now  # what was finished stays,
+        Store(out).table()  # and all of it can be read
+        seen = now
+    assert 0 < len(seen) < 8
+    written = {id: (out / id / "result.json").stat().st_mtime_ns for id in seen}
+    done = subprocess.run(sweep(out), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for id, when in written.items():
+        assert (out / id / "result.json").stat().st_mtime_ns == when  # not run again
+    equal(out, tiny_sweep)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*sweep(tmp_path / "s"), "eval.tokens=100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not Store(tmp_path / "s").ids():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("cdl: interrupted; ")
+    assert last.endswith("of 8 runs are kept; the same command goes on from there")
+    assert "Traceback" not in said
+
+
+def test_every_config_field_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sections with a name go whole to functions that take no unknown argument; other fields are read one by one."""
+    read: set[str] = set()
+    plain = ConfigDict.__getattr__
+
+    def recording(self: ConfigDict, name: str) -> Any:
+        read.add(name)
+        return plain(self, name)
+
+    monkeypatch.setattr(ConfigDict, "__getattr__", recording)
+    points_of(base(), [{}])
+    fields = {k for k in flatten(base()) if k.split(".")[0] not in ("model", "optimizer", "schedule")}
+    assert {f.split(".")[-1] for f in fields} <= read
+
+
+def test_a_second_time_trains_nothing(tiny_sweep: Path) -> None:
+    before = {f: f.stat().st_mtime_ns for f in tiny_sweep.glob("*/*")}
+    done = subprocess.run(sweep(tiny_sweep), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "all 8 runs are there already, nothing to train" in done.stderr
+    assert "Plan: at T=520" in done.stdout
+    assert {f: f.stat().st_mtime_ns for f in tiny_sweep.glob("*/*")} == before
+
+
+def test_results_say_what_was_run(tiny_sweep: Path) -> None:
+    table = sweep_table(tiny_sweep)
+    assert len(table) == 8
+    assert (table["status"] == "done").all()
+    assert table["eta_peak"].tolist() == pytest.approx((table["eta_ref"] / table["T"] ** 0.5).tolist())
+    assert (table["tokens"] == table["T"] * 4 * 16).all()
+    for row in table.itertuples():
+        curve = Store(tiny_sweep).curve(str(row.id))
+        assert len(curve) == row.T + 1
+        assert curve["eval_loss"].iloc[-1] == row.loss
+        assert curve["eta"].max() == pytest.approx(row.eta_peak)
+        assert curve["eval_loss"].notna().sum() == 3
+
+
+def test_check_trains_the_predicted_horizon_and_says_how_it_went(tiny_sweep: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(tiny_sweep, out)
+    promised = plan(out)
+    done = subprocess.run(sweep(out, "--check"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = plan(out)
+    assert [(c.eta_ref, c.T) for c in made.checks] == [(promised.eta_ref, 4 * 130)]
+    assert made.checks[0].prediction == promised.prediction  # the check is no part of the fit
+    assert len(sweep_table(out)) == 8
+    verdict = "inside" if made.checks[0].inside else "OUTSIDE"
+    assert f"loss {made.checks[0].loss:.4f}" in done.stdout
+    assert f"{verdict} the 95% interval" in done.stdout
+
+
+def test_a_diverged_run_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    config = tmp_path / "wild.py"
+    config.write_text(Path(TINY).read_text().replace("eta_ref=[0.5, 2.0]", "eta_ref=[0.5, 1e30]"))
+    out = tmp_path / "wild"
+    command = [sys.executable, "-m", "cdl.cli", "sweep", f"--config={config}", f"--out={out}", "optimizer.name=sgd"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = sweep_table(out).set_index(["eta_ref", "T"])
+    assert (table.loc[0.5, "status"] == "done").all()
+    assert (table.loc[1e30, "status"] == "diverged").all()
+    assert table.loc[1e30, "loss"].isna().all()
+    row = table.loc[(1e30, 130)]
+    curve = Store(out).curve(str(row["id"]))
+    assert len(curve) == row["diverged_at"] < 130
+    assert curve["train_loss"].notna().all()
+    assert "eta_ref=1e+30 diverged at T = 40, 60, 90, 130" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "nothing to train" in again.stderr  # diverged is finished

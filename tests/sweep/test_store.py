@@ -1,0 +1,92 @@
+"""The store: complete or absent, never overwritten, and one sweep a folder."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cdl.config import base, change, flatten
+from cdl.errors import UserError
+from cdl.sweep.grid import Point
+from cdl.sweep.store import Store, sweep_table
+
+CURVE = {"step": np.arange(3), "eta": np.ones(3), "train_loss": np.ones(3), "eval_loss": np.array([np.nan, 1.0, 0.5])}
+RESULT = dict(status="done", loss=0.5, train_loss=0.6, eta_peak=0.1, seconds=1.0)
+
+
+def point(**changes: Any) -> Point:
+    return Point(flatten(change(base(), {k.replace("__", "."): v for k, v in changes.items()})), "f")
+
+
+def test_write_and_read_back(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    points = [point(T=t) for t in (20, 10)]
+    store.open_for(points)
+    for p in points:
+        store.write(p, CURVE, RESULT | dict(loss=1 / p.config.T))
+    table = sweep_table(store.root)
+    assert table["T"].tolist() == [10, 20]
+    assert table["loss"].tolist() == [0.1, 0.05]
+    assert table["model.n_layer"].tolist() == [2, 2]
+    assert store.ids() == store.expected() == {p.id for p in points}
+    for name, values in CURVE.items():
+        np.testing.assert_array_equal(store.curve(points[0].id)[name], values)
+
+
+def test_a_point_that_is_there_is_never_overwritten(tmp_path: Path) -> None:
+    store, p = Store(tmp_path / "s"), point()
+    store.open_for([p])
+    store.write(p, CURVE, RESULT)
+    store.write(p, CURVE, RESULT | dict(loss=99.0))
+    assert sweep_table(store.root)["loss"].tolist() == [0.5]
+    assert {f.name for f in store.root.iterdir()} == {"sweep.json", p.id}  # nothing temporary is left
+
+
+def test_half_written_folders_are_no_results_and_are_removed_when_old(tmp_path: Path) -> None:
+    store, p = Store(tmp_path / "s"), point()
+    store.open_for([p])
+    for name, age in (("old", 7200), ("new", 0)):
+        left = store.root / f".writing-{name}"
+        left.mkdir()
+        (left / "result.json").write_text(json.dumps(RESULT))
+        os.utime(left, (time.time() - age,) * 2)
+    assert store.ids() == set()
+    assert store.table().empty
+    store.open_for([p])
+    assert sorted(f.name for f in store.root.glob(".writing-*")) == [".writing-new"]
+
+
+def test_a_folder_belongs_to_one_sweep_and_may_grow(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    store.open_for([point(T=10), point(T=20)])
+    store.open_for([point(T=30, eta_ref=9.0)])  # more horizons, rates and seeds of the same sweep
+    assert len(store.expected()) == 3
+    with pytest.raises(UserError, match=r"belongs to another sweep: model.d_model is 64 there and 32 here"):
+        store.open_for([point(T=10, model__d_model=32)])
+    with pytest.raises(UserError, match=r"optimizer.name is 'muon_nsgd' there and 'adamw' here"):
+        store.open_for([point(T=10, optimizer__name="adamw")])
+    assert len(store.expected()) == 3
+
+
+def test_folders_that_are_no_sweep_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        Store(tmp_path).open_for([point()])
+    with pytest.raises(UserError, match="is a file"):
+        Store(tmp_path / "thesis.tex").open_for([point()])
+    with pytest.raises(UserError, match="no finished run"):
+        sweep_table(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    store, p = Store(tmp_path / "s"), point()
+    store.open_for([p])
+    store.write(p, CURVE, RESULT)
+    (store.root / p.id / "result.json").write_text('{"status": ')
+    with pytest.raises(UserError, match=rf"{p.id}/result.json is damaged"):
+        store.table()

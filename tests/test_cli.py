@@ -1,0 +1,96 @@
+"""The command line with wrong input, one line and exit code 2 each; and `cdl train`."""
+
+from pathlib import Path
+
+import pytest
+
+from cdl.cli import main
+from cdl.sweep.store import sweep_table
+
+from .conftest import TINY
+
+SWEEP = ["sweep", f"--config={TINY}", "--out=OUT"]
+TRAIN = ["train", f"--config={TINY}", "--out=OUT"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ([*SWEEP, "modle.n_layer=3"], "no config field 'modle.n_layer'; did you mean 'model.n_layer'"),
+        ([*SWEEP, "model.n_layer=many"], "model.n_layer='many' must be a number"),
+        ([*SWEEP, "schedule.name=cosin"], "no schedule 'cosin'; did you mean 'cosine'"),
+        ([*SWEEP, "optimizer.name=adam"], "no optimizer 'adam'; did you mean 'adamw'"),
+        ([*SWEEP, "optimizer.momentum=1.5"], "optimizer.momentum=1.5"),
+        ([*SWEEP, "model.name=gpt3"], "no model 'gpt3'; did you mean 'gpt2'"),
+        ([*SWEEP, "model.n_head=3"], "model.d_model=8 must be a multiple of model.n_head=3"),
+        ([*SWEEP, "model.vocab_size=100"], "model.vocab_size=100 is too small for data.path='stdlib'"),
+        ([*SWEEP, "schedule.warmup=40"], "warmup=40 is 40 updates of T=40; use fewer than T"),
+        ([*SWEEP, "data.path=/no/such/text"], "data.path='/no/such/text' does not exist"),
+        ([*SWEEP, "data.path=SHORT"], "one batch of 4 x 16 needs 65"),
+        ([*SWEEP, "data.seq_len=17"], "data.seq_len=17 exceeds model.context=16"),
+        ([*SWEEP, "data.batch_size=0"], "data.batch_size=0 must be at least 1"),
+        ([*SWEEP, "eval.times=0"], "eval.times=0"),
+        ([*SWEEP, "seed=-1"], "seed=-1"),
+        ([*SWEEP, "eta_ref=3.0"], "eta_ref is an axis of the sweep"),
+        ([*SWEEP, "--lanes=0"], "--lanes=0"),
+        ([*SWEEP, "T"], "'T' is no change of a config field"),
+        ([*TRAIN, "T=0"], "T=0 must be a whole number, at least 1"),
+        ([*TRAIN, "T=1.5"], "T=1.5 must be a whole number"),
+        ([*TRAIN, "eta_ref=-1"], "eta_ref=-1.0 must be positive"),
+        (["train", "--config=absent.py"], "--config='absent.py' does not exist"),
+        (["train"], "the following arguments are required: --config"),
+        (["sweeep"], "invalid choice: 'sweeep'"),
+        ([], "required: VERB"),
+        (["report", "/no/such/folder"], "/no/such/folder holds no finished run"),
+        (["plan", "OUT"], "holds no finished run"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    command: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("a text of thirty-five characters ..")
+    places = {"OUT": str(tmp_path / "out"), "SHORT": str(tmp_path / "short.txt")}
+    for name, path in places.items():
+        command = [word.replace(name, path) for word in command]
+    try:
+        code = main(command)
+    except SystemExit as e:
+        code = e.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()  # nothing is begun before everything is checked
+
+
+def test_a_folder_of_another_sweep_is_refused_and_kept(tiny_sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sweep_table(tiny_sweep)
+    code = main(["sweep", f"--config={TINY}", f"--out={tiny_sweep}", "data.batch_size=8"])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "belongs to another sweep: data.batch_size is 4 there and 8 here; choose another --out" in said
+    assert said.count("\n") == 1
+    assert sweep_table(tiny_sweep).equals(before)
+
+
+def test_train_is_one_run_of_the_same_loop(
+    tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", f"--config={TINY}", f"--out={tmp_path / 'one'}", "T=60", "eta_ref=2.0"]
+    assert main(command) == 0
+    table = sweep_table(tmp_path / "one")
+    same = sweep_table(tiny_sweep).query("T == 60 and eta_ref == 2.0")
+    assert table["id"].tolist() == same["id"].tolist()
+    assert table["loss"].tolist() == same["loss"].tolist()  # bit-equal: alone here, in company there
+    assert f"done: held-out loss {table['loss'][0]:.4f}" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "the run is there already" in capsys.readouterr().err
+
+
+def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("sweep", "train", "report", "plan"):
+        with pytest.raises(SystemExit) as e:
+            main([verb, "--help"])
+        assert e.value.code == 0
+        assert f"example:\n  cdl {verb}" in capsys.readouterr().out

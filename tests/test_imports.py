@@ -1,0 +1,72 @@
+"""Who may import whom (design: downward only), and what a notebook pays for a name."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cdl
+
+ROOT = Path(cdl.__file__).parent
+# Higher may import lower. What is not listed may be imported by all.
+LAYERS = [
+    {"cli"},
+    {"report"},
+    {"plots", "progress"},
+    {"planning"},
+    {"sweep"},
+    {"train", "config"},
+    {"models", "optim", "data", "laws"},
+    {"schedules"},
+    {"errors"},
+]
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Top-level parts of cdl that a file imports, type-checking blocks left out."""
+    tree = ast.parse(file.read_text())
+    typing_only = {
+        id(n)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for n in ast.walk(block)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cdl":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_point_downward() -> None:
+    files = [f for f in ROOT.rglob("*.py") if f.name != "__init__.py"]
+    assert len(files) > 15
+    for file in files:
+        here = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        for other in imports_of(file) - {here}:
+            assert LEVEL[other] > LEVEL[here], f"{file} imports cdl.{other}, which is not below it"
+
+
+def test_laws_import_neither_model_nor_trainer() -> None:
+    for file in (ROOT / "laws").glob("*.py"):
+        assert imports_of(file) <= {"errors", "laws", "schedules", "theory"}
+
+
+@pytest.mark.parametrize("name", ["schedule", "fit_horizon", "sweep_table", "plan"])
+def test_a_name_for_notebooks_loads_no_trainer(name: str) -> None:
+    code = f"import cdl, sys; cdl.{name}; print([m for m in ('jax', 'flax', 'optax', 'grain') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist_and_unknown_ones_do_not() -> None:
+    assert all(callable(getattr(cdl, name)) for name in cdl.__all__)  # none is hidden by a module of its name
+    assert dir(cdl) == cdl.__all__
+    with pytest.raises(AttributeError, match="no attribute 'schedul'"):
+        cdl.schedul  # noqa: B018
