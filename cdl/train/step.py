@@ -7,7 +7,7 @@ grid over seeds, rates, horizons and schedules, and a lane is refilled with anot
 Each device may advance by its own number of steps a call. On a CPU the devices are its cores, one lane each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -77,9 +77,9 @@ class Program:
         self._by_run = NamedSharding(mesh, run)
         self._heldout = jax.device_put(heldout_ExBxS1, NamedSharding(mesh, everywhere))
         on_mesh = partial(jax.shard_map, mesh=mesh, out_specs=run)
-        new = jax.vmap(partial(init_state, model, optimizer))
-        step = jax.vmap(partial(train_step, model, optimizer))
-        loss = jax.vmap(model.loss, in_axes=(0, None))
+        over_lanes = jax.vmap if lanes > len(devices) else _over_one_lane
+        new = over_lanes(partial(init_state, model, optimizer))
+        step = over_lanes(partial(train_step, model, optimizer))
 
         def fill(state: TrainState, seed_R: jax.Array, fresh_R: jax.Array) -> TrainState:
             def refill() -> TrainState:
@@ -103,8 +103,10 @@ class Program:
 
         def evaluate(params_R: Any, wanted_R: jax.Array, batch_E: Any) -> jax.Array:
             def mean_loss() -> jax.Array:
-                losses_ExR = jax.lax.map(lambda x: loss(params_R, x.astype(jnp.int32)), batch_E)
-                return losses_ExR.mean(axis=0)
+                def loss(params: Any) -> jax.Array:
+                    return jax.lax.map(lambda x: model.loss(params, x.astype(jnp.int32)), batch_E).mean()
+
+                return over_lanes(loss)(params_R)
 
             return jax.lax.cond(wanted_R.any(), mean_loss, lambda: jnp.full(wanted_R.shape, jnp.nan))
 
@@ -112,9 +114,9 @@ class Program:
         self._fill = jax.jit(on_mesh(fill, in_specs=run, check_vma=False), donate_argnums=0)
         self._train = jax.jit(on_mesh(train, in_specs=run, check_vma=False), donate_argnums=0)
         self._evaluate = jax.jit(on_mesh(evaluate, in_specs=(run, run, everywhere), check_vma=False))
-        empty = jax.eval_shape(new, jax.ShapeDtypeStruct((lanes,), jnp.uint32))
+        one = jax.eval_shape(partial(init_state, model, optimizer), jax.ShapeDtypeStruct((), jnp.uint32))
         self._state: TrainState = jax.jit(
-            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty), out_shardings=self._by_run
+            lambda: jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), one), out_shardings=self._by_run
         )()
 
     def fill(self, seeds: dict[int, int]) -> None:
@@ -147,3 +149,12 @@ class Program:
 
     def _put(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(x, self._by_run)
+
+
+def _over_one_lane(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.vmap` for a leading axis of length 1, without the axis inside: XLA on CPUs is 1.4 times as fast so."""
+
+    def g(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: x[None], f(*jax.tree.map(lambda x: x[0], arguments)))
+
+    return g
