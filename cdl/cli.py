@@ -14,6 +14,7 @@ from cdl.errors import UserError
 if TYPE_CHECKING:  # heavy imports wait until a verb needs them: `cdl --help` is instant
     from rich.console import Console
 
+    from cdl.planning import Plan
     from cdl.sweep.grid import Point
     from cdl.sweep.store import Store
 
@@ -45,8 +46,17 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"cdl {version('cdl')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="cdl", description="Learn the law of loss and learning rate from small runs.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, run: Callable[[Any], None], help: str, example: str) -> argparse.ArgumentParser:
@@ -117,18 +127,18 @@ def _sweep(arguments: argparse.Namespace) -> None:
     store = Store(arguments.out)
     store.open_for(points)
     _train_points(console, points, store, arguments.lanes)
-    made = plan(store.root)
+    try:
+        made = plan(store.root)
+    except UserError as e:  # the runs are what was asked for; not every grid has a law in it
+        print(f"The runs are done, but there is no law to fit: {e}.\nResults: {store.root}")
+        return
     if arguments.check:
-        again = dict(eta_ref=made.eta_ref, T=made.T)
-        checks = points_of(config, [changes | again])
+        checks = points_of(config, [changes | dict(eta_ref=made.eta_ref, T=made.T)])
         check_store = Store(store.root / CHECKS)
         check_store.open_for(checks)
         console.print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
         _train_points(console, checks, check_store, None)
-    made, files = write_report(store.root)
-    console.print()
-    print(made.summary())
-    print(f"Report: {files[0]}\nFigures: {', '.join(str(f) for f in files[1:])}")
+    _show(*write_report(store.root))
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -170,7 +180,10 @@ def _train_points(console: "Console", points: "Sequence[Point]", store: "Store",
 def _report(arguments: argparse.Namespace) -> None:
     from cdl.report import write_report
 
-    made, files = write_report(arguments.folder, arguments.T)
+    _show(*write_report(arguments.folder, arguments.T))
+
+
+def _show(made: "Plan", files: Sequence[Path]) -> None:
     print(made.summary())
     print(f"Report: {files[0]}\nFigures: {', '.join(str(f) for f in files[1:])}")
 

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from cdl.errors import UserError
 from cdl.laws.horizon import HorizonFit, Line, Prediction, fit_horizon
 from cdl.sweep.store import Store, sweep_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CHECKS", "Check", "Plan", "plan"]
 
@@ -76,6 +80,12 @@ class Plan:
         parts += [f"Warning: {w}." for w in self.warnings]
         parts += [f"Check: {c.summary()}." for c in self.checks]
         return "\n".join(parts)
+
+    def plot(self) -> "Figure":
+        """`cdl.plots.horizon_figure` of the lines, the plan and its checks."""
+        from cdl.plots import horizon_figure  # matplotlib is slow to import
+
+        return horizon_figure(self.fit, self.T, self.checks)
 
 
 def plan(folder: str | Path, T: int | None = None) -> Plan:

@@ -1,6 +1,7 @@
 """Figures of a sweep. Each function draws one `matplotlib.figure.Figure` and touches no global state."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -9,74 +10,78 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from cdl.planning import Plan
+if TYPE_CHECKING:  # what is drawn draws itself by these functions
+    from cdl.laws.horizon import HorizonFit
+    from cdl.planning import Check
 
 __all__ = ["curves_figure", "horizon_figure", "rate_figure"]
 
 _GREY = "#666666"
 
 
-def horizon_figure(plan: Plan) -> Figure:
+def horizon_figure(fit: "HorizonFit", T: float, checks: "Sequence[Check]" = ()) -> Figure:
     """Loss against 1/sqrt(T) with the fitted lines, as in Figures 8 and 9 of the paper.
 
-    Hollow points are horizons too short for the line. The bar at the left is the prediction interval of the plan,
-    stars are runs that tested predictions.
+    Hollow points are horizons too short for the line. The bar at the left is the prediction interval of the best rate
+    at horizon T, stars are runs that tested predictions.
     """
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     ax = figure.add_subplot()
-    fit, colors = plan.fit, _colors([line.eta_ref for line in plan.fit.lines])
+    colors, chosen = _colors([line.eta_ref for line in fit.lines]), fit.best(T)
     for line in fit.lines:
-        best = line.eta_ref == plan.eta_ref
+        best = line is chosen
         style = dict(color=colors[line.eta_ref], lw=2.2 if best else 1.2)
-        x = 1 / np.sqrt([plan.T, line.T.min()])
+        x = 1 / np.sqrt([T, line.T.min()])
         name = f"$\\eta_{{ref}}$ = {line.eta_ref:g}{' *' if best else ''},  $R^2$ = {line.r2:.4f}"
         ax.plot(x, line.L_inf + line.Q * x, **style, label=name)
         ax.plot(1 / np.sqrt(line.T), line.loss, "o", ms=5, color=style["color"])
-        for T, loss in line.left_out:
-            ax.plot(T**-0.5, loss, "o", ms=5, mfc="none", color=style["color"])
-    p = plan.prediction
+        for short, loss in line.left_out:
+            ax.plot(short**-0.5, loss, "o", ms=5, mfc="none", color=style["color"])
+    p = chosen.predict(T)
     if np.isfinite(p.high - p.low):
         ax.errorbar(
-            plan.T**-0.5, p.loss, yerr=[[p.loss - p.low], [p.high - p.loss]], color="k", capsize=4, lw=1.4,
-            label=f"95% interval at T = {plan.T:,}", zorder=5,
+            T**-0.5, p.loss, yerr=[[p.loss - p.low], [p.high - p.loss]], color="k", capsize=4, lw=1.4,
+            label=f"95% interval at T = {T:,g}", zorder=5,
         )  # fmt: skip
-    for check in plan.checks:
-        ax.plot(check.T**-0.5, check.loss, "*", ms=13, mfc="w", mec="k", zorder=6, label="check run")
-    horizons = sorted({int(T) for line in fit.lines for T in line.T} | {T for x in fit.lines for T, _ in x.left_out})
+    for i, check in enumerate(checks):
+        name = "check run" if i == 0 else None
+        color = colors.get(check.eta_ref, "w")
+        ax.plot(check.T**-0.5, check.loss, "*", ms=10, mfc=color, mec="k", zorder=6, label=name)
+    horizons = sorted({int(t) for line in fit.lines for t in (*line.T, *(t for t, _ in line.left_out))})
     ax.set(xlim=(0, None), xlabel="$1/\\sqrt{T}$", ylabel="held-out loss (nats a token)")
     ax.set_title("Final loss at peak rate $\\eta_{ref}/\\sqrt{T}$", loc="left", fontsize=11)
     top = ax.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))
-    shown = [plan.T, *horizons]
-    top.xaxis.set_major_locator(FixedLocator([T**-0.5 for T in shown]))
+    shown = [T, *horizons]
+    top.xaxis.set_major_locator(FixedLocator([t**-0.5 for t in shown]))
     top.xaxis.set_minor_locator(NullLocator())
-    top.set_xticklabels([f"{T:,}" for T in shown], fontsize=7, rotation=60, color=_GREY)
+    top.set_xticklabels([f"{t:,g}" for t in shown], fontsize=7, rotation=60, color=_GREY)
     top.set_xlabel("T", fontsize=8, color=_GREY)
     _finish(ax)
     return figure
 
 
-def rate_figure(table: pd.DataFrame, plan: Plan) -> Figure:
+def rate_figure(table: pd.DataFrame, fit: "HorizonFit", T: float) -> Figure:
     """Final loss against eta_ref, a line per horizon: where the best rate lies, and whether it stays there."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     ax = figure.add_subplot()
     done = table[table["status"] == "done"]
     horizons = sorted(done["T"].unique())
     colors = _colors(horizons, "plasma")
-    for T in horizons:
-        runs = done[done["T"] == T].groupby("eta_ref")["loss"].mean()
-        ax.plot(runs.index, runs.to_numpy(), "o-", ms=4, lw=1.3, color=colors[T], label=f"T = {T:,}")
-        ax.plot(runs.idxmin(), runs.min(), "o", ms=9, mfc="none", mec=colors[T])
-    rates = [line.eta_ref for line in plan.fit.lines]
-    predicted = [line.predict(plan.T) for line in plan.fit.lines]
-    ax.plot(rates, [p.loss for p in predicted], "k--", lw=1.2, label=f"predicted, T = {plan.T:,}")
+    for t in horizons:
+        runs = done[done["T"] == t].groupby("eta_ref")["loss"].mean()
+        ax.plot(runs.index, runs.to_numpy(), "o-", ms=4, lw=1.3, color=colors[t], label=f"T = {t:,}")
+        ax.plot(runs.idxmin(), runs.min(), "o", ms=9, mfc="none", mec=colors[t])
+    rates = [line.eta_ref for line in fit.lines]
+    ax.plot(rates, [line.at(T) for line in fit.lines], "k--", lw=1.2, label=f"predicted, T = {T:,g}")
     ax.set(xscale="log", xlabel="$\\eta_{ref}$", ylabel="held-out loss (nats a token)")
-    ax.xaxis.set_major_locator(FixedLocator(list(plan.fit.rates)))
+    ax.xaxis.set_major_locator(FixedLocator(list(fit.rates)))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xticklabels([f"{e:g}" for e in plan.fit.rates])
-    for e in sorted({e for e, _ in plan.fit.diverged}):
+    ax.set_xticklabels([f"{e:g}" for e in fit.rates])
+    for e in sorted({e for e, _ in fit.diverged}):
         ax.axvline(e, color="r", lw=0.8, ls=":")
     ax.set_title("Final loss by reference rate (ring: best of its horizon)", loc="left", fontsize=11)
-    _finish(ax)
+    _finish(ax, legend=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
@@ -106,6 +111,8 @@ def curves_figure(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> Fi
         _finish(ax, legend=False)
     for ax in axes[len(horizons) :]:
         ax.axis("off")
+    # Spikes of unstable runs would flatten everything else: they leave the panel above the initial loss.
+    axes[0].set_ylim(top=1.1 * max(curves[str(id)]["train_loss"].iloc[0] for id in table["id"]))
     axes[0].set_ylabel("loss (nats a token)")
     figure.supxlabel("update", fontsize=9)
     handles, names = axes[0].get_legend_handles_labels()
@@ -113,9 +120,9 @@ def curves_figure(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> Fi
     return figure
 
 
-def _colors(values: Sequence[float], name: str = "viridis") -> dict[float, tuple[float, ...]]:
+def _colors(values: Sequence[float], name: str = "turbo") -> dict[float, tuple[float, ...]]:
     """A colour for each of the ordered values."""
-    ramp = matplotlib.colormaps[name](np.linspace(0, 0.88, max(len(values), 2)))
+    ramp = matplotlib.colormaps[name](np.linspace(0.08, 0.88, max(len(values), 2)))
     return {v: tuple(c) for v, c in zip(values, ramp, strict=False)}
 
 

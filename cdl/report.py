@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 
 from cdl.planning import Plan, plan
-from cdl.plots import curves_figure, horizon_figure, rate_figure
+from cdl.plots import curves_figure, rate_figure
 from cdl.progress import duration
 from cdl.sweep.store import Store, sweep_table
 
@@ -31,8 +31,8 @@ def write_report(folder: str | Path, T: int | None = None) -> tuple[Plan, list[P
     root = Path(folder)
     store, table, made = Store(root), sweep_table(root), plan(root, T)
     figures = {
-        "horizon": horizon_figure(made),
-        "rate": rate_figure(table, made),
+        "horizon": made.plot(),
+        "rate": rate_figure(table, made.fit, made.T),
         "curves": curves_figure(table, {id: store.curve(id) for id in table["id"]}),
     }
     images = {}

@@ -12,12 +12,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from cdl.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["HorizonFit", "Line", "Prediction", "fit_horizon", "fit_line"]
 
@@ -160,10 +164,14 @@ class HorizonFit:
         for eta_ref in sorted({e for e, _ in self.diverged}):
             horizons = ", ".join(str(t) for e, t in self.diverged if e == eta_ref)
             found.append(f"eta_ref={eta_ref:g} diverged at T = {horizons}; those runs are in no line")
+        too_short: dict[str, list[str]] = {}
         for line in self.lines:
             if line.left_out:
-                horizons = ", ".join(str(t) for t, _ in line.left_out)
-                found.append(f"eta_ref={line.eta_ref:g}: T = {horizons} is too short for the line and left out of it")
+                horizons = ", ".join(str(t) for t in sorted({t for t, _ in line.left_out}))
+                too_short.setdefault(horizons, []).append(f"{line.eta_ref:g}")
+        for horizons, rates in too_short.items():
+            found.append(f"T = {horizons} is too short for the line of eta_ref = {', '.join(rates)} and left out of it")
+        for line in self.lines:
             if line.r2 < LEAST_R2:
                 found.append(f"eta_ref={line.eta_ref:g}: R2 = {line.r2:.2f}, the losses do not lie on a line")
         others = [f"{line.eta_ref:g}" for line in self.alike(T) if line is not best]
@@ -195,6 +203,12 @@ class HorizonFit:
                 + ("  <- eta_ref*" if line is best else "")
             )
         return "\n".join(rows)
+
+    def plot(self, T: float | None = None) -> "Figure":
+        """`cdl.plots.horizon_figure` of these lines, up to horizon T (four times the longest if None)."""
+        from cdl.plots import horizon_figure  # matplotlib is slow to import
+
+        return horizon_figure(self, 4 * self.longest if T is None else T)
 
 
 def fit_horizon(table: pd.DataFrame) -> HorizonFit:
