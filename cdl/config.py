@@ -29,8 +29,8 @@ _DURATIONS = {"schedule.warmup", "schedule.decay", "schedule.rise"}
 def section(kind: str, name: str, **changes: Any) -> ConfigDict:
     """One of the sections that have a name ("model", "optimizer", "schedule"): its defaults, with changes.
 
-    >>> section("optimizer", "sgd", momentum=0.9).to_dict()
-    {'name': 'sgd', 'momentum': 0.9, 'weight_decay': 0.0}
+    >>> flatten(section("optimizer", "sgd", momentum=0.9))
+    {'momentum': 0.9, 'name': 'sgd', 'weight_decay': 0.0}
     """
     defaults = {
         "model": model_arguments,
@@ -95,8 +95,8 @@ def change(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     Raises:
       UserError: an unknown field, or a value of another kind than the field's.
 
-    >>> change(base(), {"schedule.name": "wsd", "schedule.decay": 0.2}).schedule.to_dict()
-    {'name': 'wsd', 'warmup': 0.02, 'final': 0.0, 'decay': 0.2, 'form': 'linear'}
+    >>> flatten(change(base(), {"schedule.name": "wsd", "schedule.decay": 0.2}).schedule)
+    {'decay': 0.2, 'final': 0.0, 'form': 'linear', 'name': 'wsd', 'warmup': 0.02}
     """
     config = config.copy_and_resolve_references()
     for field, value in changes.items():
@@ -129,8 +129,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Dotted field -> value."""
-    return dict(flatten_dict(config.to_dict(), sep="."))
+    """Dotted field -> value, fields in alphabetical order."""
+    return dict(sorted(flatten_dict(config.to_dict(), sep=".").items()))
 
 
 def from_flat(flat: Mapping[str, Any]) -> ConfigDict:

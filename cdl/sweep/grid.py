@@ -29,7 +29,7 @@ class Point:
 
     def __init__(self, flat: Mapping[str, Any], fingerprint: str):
         # Through JSON, so that a point just made and one read back are the same thing.
-        self.flat: dict[str, Any] = json.loads(json.dumps(dict(sorted(flat.items()))))
+        self.flat: dict[str, Any] = json.loads(json.dumps(dict(flat), sort_keys=True))
         self.fingerprint = fingerprint
 
     @cached_property
