@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-check test test-all lint format clean
+.PHONY: demo demo-check test lint format clean
 
 demo: .venv/cdl  ## a real sweep, its law, a figure and a prediction: about five minutes on two cores
 	$(BIN)/cdl sweep --config=configs/demo.py --out=runs/demo
@@ -11,10 +11,7 @@ demo: .venv/cdl  ## a real sweep, its law, a figure and a prediction: about five
 demo-check: .venv/cdl  ## the demo, then train the predicted horizon and compare
 	$(BIN)/cdl sweep --config=configs/demo.py --out=runs/demo --check
 
-test: .venv/test  ## the default tests
-	$(BIN)/python -m pytest -n auto -m "not slow"
-
-test-all: .venv/test  ## the slow ones too
+test: .venv/test  ## all tests
 	$(BIN)/python -m pytest -n auto
 
 lint: .venv/dev  ## style, format and types

@@ -4,6 +4,7 @@ Exit codes: 0 fine, 2 bad input (one line on stderr says what and how to mend it
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,16 +24,25 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # Changes may stand between options too, which argparse alone does not allow after it has seen some.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "changes") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.changes += rest
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except UserError as e:
         print(f"cdl: error: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as e:
-        if e.filename is None:
-            raise
-        print(f"cdl: error: {e.filename}: {e.strerror}; choose another path or mend this one", file=sys.stderr)
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"cdl: error: {where}{e.strerror or e}; mend it, or choose another path", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         print(f"cdl: interrupted{f'; {e}' if str(e) else ''}", file=sys.stderr)
@@ -44,6 +54,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _whole_number(text: str) -> int:
+    """100000 or 1e5."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
 
 
 class _Version(argparse.Action):
@@ -98,23 +116,25 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("report", _report, "write report.html and figures of a sweep", "cdl report runs/demo")
     p.add_argument("folder", help="folder of a sweep")
-    p.add_argument("--T", type=int, metavar="N", help="horizon to predict (default: four times the longest)")
+    p.add_argument("--T", type=_whole_number, metavar="N", help="horizon to predict (default: four times the longest)")
 
     p = verb("plan", _plan, "rate and expected loss of a longer run", "cdl plan runs/demo --T=20000")
     p.add_argument("folder", help="folder of a sweep")
-    p.add_argument("--T", type=int, metavar="N", help="horizon to predict (default: four times the longest)")
+    p.add_argument("--T", type=_whole_number, metavar="N", help="horizon to predict (default: four times the longest)")
     return parser
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from cdl import config as configs
+    from cdl.laws.horizon import NoLaw
     from cdl.planning import CHECKS, plan
     from cdl.report import write_report
-    from cdl.sweep.run import points_of
+    from cdl.sweep.run import check_lanes, points_of, use_cpu_cores
     from cdl.sweep.store import Store
 
-    if arguments.lanes is not None and arguments.lanes < 1:
-        raise UserError(f"--lanes={arguments.lanes} must be at least 1")
+    use_cpu_cores()
+    if arguments.lanes is not None:
+        check_lanes(arguments.lanes)
     console = _console()
     config, grid = configs.load(arguments.config)
     if grid is None:
@@ -129,11 +149,14 @@ def _sweep(arguments: argparse.Namespace) -> None:
     _train_points(console, points, store, arguments.lanes)
     try:
         made = plan(store.root)
-    except UserError as e:  # the runs are what was asked for; not every grid has a law in it
+    except NoLaw as e:  # the runs are what was asked for; not every grid has a law in it
+        if arguments.check:
+            raise UserError(f"the runs are done, but there is nothing to check: {e}") from e
         print(f"The runs are done, but there is no law to fit: {e}.\nResults: {store.root}")
         return
     if arguments.check:
-        checks = points_of(config, [changes | dict(eta_ref=made.eta_ref, T=made.T)])
+        like = min(points, key=lambda p: p.config.seed).config  # one setting, or there were no law
+        checks = points_of(like, [dict(eta_ref=made.eta_ref, T=made.T)])
         check_store = Store(store.root / CHECKS)
         check_store.open_for(checks)
         console.print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
@@ -153,10 +176,13 @@ def _train(arguments: argparse.Namespace) -> None:
     store.open_for(points)
     _train_points(_console(), points, store, 1)
     row = store.table().set_index("id").loc[points[0].id]
-    print(
-        f"{row.status}: held-out loss {row.loss:.4f}, training loss {row.train_loss:.4f}, "
-        f"{row.tokens_per_s:,.0f} tokens/s\nResults: {out / points[0].id}"
-    )
+    if row.status == "done":
+        print(
+            f"done: held-out loss {row.loss:.4f}, training loss {row.train_loss:.4f}, {row.tokens_per_s:,.0f} tokens/s"
+        )
+    else:
+        print(f"diverged: the loss after {row.diverged_at:.0f} updates was not finite; try a smaller eta_ref")
+    print(f"Results: {out / points[0].id}")
 
 
 def _train_points(console: "Console", points: "Sequence[Point]", store: "Store", lanes: int | None) -> None:
@@ -166,9 +192,11 @@ def _train_points(console: "Console", points: "Sequence[Point]", store: "Store",
     missing = len({p.id for p in points} - store.ids())
     if not missing:
         many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
-        console.print(f"{store.root}: {many} there already, nothing to train.", highlight=False, soft_wrap=True)
+        console.print(
+            f"{store.root}: {many} there already, nothing to train.", highlight=False, soft_wrap=True, markup=False
+        )
         return
-    use_cpu_cores(min(missing, lanes or missing))
+    use_cpu_cores()
     try:
         with TerminalProgress(console) as progress:
             run_points(points, store, progress, lanes)

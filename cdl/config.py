@@ -5,12 +5,15 @@ changes to it, one per point. Fields are read as attributes; an unknown name is 
 """
 
 import ast
+import contextlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -77,13 +80,13 @@ def load(path: str) -> tuple[ConfigDict, list[dict[str, Any]] | None]:
     module = _import(file)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={name!r} has no get_config(); see configs/demo.py")
-    config = module.get_config(arg) if arg else module.get_config()
-    template = base()
-    for kind in ("model", "optimizer", "schedule"):
-        if kind in config and "name" in config[kind]:
-            template[kind] = section(kind, config[kind].name)
-    _same_fields(flatten(config), flatten(template), name)
-    return config, (module.sweep() if hasattr(module, "sweep") else None)
+    config = _call(file, module.get_config, *([arg] if arg else []))
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() of {name!r} gave a {type(config).__name__}; return a ConfigDict")
+    grid = _call(file, module.sweep) if hasattr(module, "sweep") else None
+    if hasattr(module, "sweep") and not (isinstance(grid, list) and all(isinstance(g, Mapping) for g in grid)):
+        raise UserError(f"sweep() of {name!r} must return a list of dicts; see configs/demo.py")
+    return _checked(config, name), grid
 
 
 def change(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -113,7 +116,7 @@ def change(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """``["T=100", "optimizer.name=adamw"]`` -> dict; values are Python literals, anything else is a string."""
+    """``["T=100", "optimizer.name=adamw"]`` -> dict of texts, which `change` reads as their fields' kinds."""
     changes: dict[str, Any] = {}
     for text in assignments:
         field, sign, value = text.partition("=")
@@ -121,10 +124,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"{text!r} is no change of a config field; write field=value, such as T=800")
         if field in changes:
             raise UserError(f"{field!r} is given twice; give it once")
-        try:
-            changes[field] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            changes[field] = value
+        changes[field] = value
     return changes
 
 
@@ -139,12 +139,17 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
 
 
 def _fit(field: str, value: Any, old: Any) -> Any:
-    """The value, as the field's kind."""
+    """The value, as the field's kind. Text is read as a Python literal where the field is no text."""
 
     def kind(x: Any) -> str:
         number = isinstance(x, int | float) and not isinstance(x, bool)
         return "number" if number else "list" if isinstance(x, list | tuple) else type(x).__name__
 
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str) and not isinstance(old, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
     if kind(value) != kind(old):
         raise UserError(f"{field}={value!r} must be a {kind(old)}, such as {old!r}")
     whole = isinstance(old, int) and field not in _DURATIONS
@@ -155,13 +160,32 @@ def _fit(field: str, value: Any, old: Any) -> Any:
     return float(value) if isinstance(old, float) and field not in _DURATIONS else value
 
 
-def _same_fields(flat: Mapping[str, Any], expected: Mapping[str, Any], file: str) -> None:
+def _checked(config: ConfigDict, file: str) -> ConfigDict:
+    """The config, if it has every field of a run, each of its kind, and no other."""
+    template = base()
+    for kind in ("model", "optimizer", "schedule"):
+        if kind in config and isinstance(config[kind], ConfigDict) and "name" in config[kind]:
+            template[kind] = section(kind, config[kind].name)
+    flat, expected = flatten(config), flatten(template)
     for field in flat:
         if field not in expected:
             raise unknown(f"config field ({file})", field, expected)
     for field in expected:
         if field not in flat:
             raise UserError(f"{file} lacks the config field {field!r}; start from cdl.config.base()")
+    return from_flat({field: _fit(field, value, expected[field]) for field, value in flat.items()})
+
+
+def _call(file: Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call into a config file; what goes wrong in there is said in one line."""
+    try:
+        return function(*arguments)
+    except UserError:
+        raise
+    except Exception as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+        where = f"{file}:{e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else 1}"
+        raise UserError(f"{where}: {type(e).__name__}: {e}; mend the config file") from e
 
 
 def _import(file: Path) -> ModuleType:
@@ -169,5 +193,5 @@ def _import(file: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(f"--config={str(file)!r} is no Python file; give one such as configs/demo.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    _call(file, spec.loader.exec_module, module)
     return module

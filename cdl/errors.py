@@ -15,5 +15,5 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist: says which, the nearest one, and all there are."""
     names = sorted(known)
     near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"there is no {kind} {value!r}; {hint}known: {', '.join(names)}")
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    return UserError(f"there is no {kind} {value!r}; {hint}")

@@ -7,16 +7,25 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cdl.errors import UserError
-from cdl.laws.horizon import HorizonFit, Line, Prediction, fit_horizon
+from cdl.laws.horizon import FURTHER, HorizonFit, Line, NoLaw, Prediction, fit_horizon
 from cdl.sweep.store import Store, sweep_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CHECKS", "Check", "Plan", "plan"]
+__all__ = ["CHECKS", "Check", "Plan", "plan", "settings"]
 
 CHECKS = "check"  # folder beside the sweep's points, with the runs that tested its predictions
-FURTHER = 4  # times the longest horizon: what is predicted unless T is given
+
+
+def settings(table: pd.DataFrame) -> list[str]:
+    """The columns of a sweep's table that one law must have in common: its config but for the axes of the law.
+
+    Of the schedule that includes everything: it is a shape over the horizon. The path of the data is left out, their
+    fingerprint is in.
+    """
+    sections = ("model", "data", "optimizer", "schedule", "eval")
+    return [c for c in table.columns if c.split(".")[0] in sections and c != "data.path"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ def plan(folder: str | Path, T: int | None = None) -> Plan:
     """Fit the law to a sweep and say how to run T updates (four times the longest horizon if None).
 
     Raises:
-      UserError: no finished runs, no line, or runs that differ in more than eta_ref, T and seed.
+      UserError: no finished runs. NoLaw: no line, or runs that differ in more than eta_ref, T and seed.
     """
     store = Store(folder)
     table = sweep_table(folder)
@@ -107,21 +116,23 @@ def plan(folder: str | Path, T: int | None = None) -> Plan:
     if missing:
         warnings.append(f"{missing} of the sweep's {len(store.expected())} runs are missing; run it again to go on")
     checks = []
-    for row in Store(store.root / CHECKS).table().itertuples():
-        if row.status == "done" and any(x.eta_ref == row.eta_ref for x in fit.lines):
-            eta_ref, horizon, loss = float(row.eta_ref), int(row.T), float(row.loss)  # type: ignore[arg-type]
+    tested = Store(store.root / CHECKS).table()
+    for row in tested.to_dict("records"):
+        eta_ref, horizon, loss = row["eta_ref"], row["T"], row["loss"]
+        if any(str(row[c]) != str(table[c].iloc[0]) for c in settings(table)):
+            warnings.append(f"the check run at eta_ref={eta_ref:g}, T={horizon} has other settings and is left out")
+        elif row["status"] != "done":
+            warnings.append(f"the check run at eta_ref={eta_ref:g}, T={horizon} diverged")
+        else:
             checks.append(Check(eta_ref, horizon, loss, fit.line(eta_ref).predict(horizon)))
-        elif row.status != "done":
-            warnings.append(f"the check run at eta_ref={row.eta_ref}, T={row.T} diverged")
     return Plan(fit, int(T), line, line.predict(T), tuple(warnings), tuple(checks))
 
 
 def _one_setting(table: pd.DataFrame, folder: str | Path) -> None:
-    for column in table.columns:
-        if column.split(".")[0] in ("model", "data", "optimizer", "schedule", "eval"):
-            values = table[column].map(str).unique()
-            if len(values) > 1:
-                raise UserError(
-                    f"the runs in {folder} differ in {column} ({', '.join(values[:3])}): one law does not fit them; "
-                    f"sweep each into a folder of its own"
-                )
+    for column in settings(table):
+        values = table[column].map(str).unique()
+        if len(values) > 1:
+            raise NoLaw(
+                f"the runs in {folder} differ in {column} ({', '.join(values[:3])}): one law does not fit them; "
+                f"sweep each into a folder of its own"
+            )

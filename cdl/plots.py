@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 if TYPE_CHECKING:  # what is drawn draws itself by these functions
@@ -74,9 +75,10 @@ def rate_figure(table: pd.DataFrame, fit: "HorizonFit", T: float) -> Figure:
     rates = [line.eta_ref for line in fit.lines]
     ax.plot(rates, [line.at(T) for line in fit.lines], "k--", lw=1.2, label=f"predicted, T = {T:,g}")
     ax.set(xscale="log", xlabel="$\\eta_{ref}$", ylabel="held-out loss (nats a token)")
-    ax.xaxis.set_major_locator(FixedLocator(list(fit.rates)))
+    every = sorted(table["eta_ref"].unique())
+    ax.xaxis.set_major_locator(FixedLocator(every))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xticklabels([f"{e:g}" for e in fit.rates])
+    ax.set_xticklabels([f"{e:g}" for e in every])
     for e in sorted({e for e, _ in fit.diverged}):
         ax.axvline(e, color="r", lw=0.8, ls=":")
     ax.set_title("Final loss by reference rate (ring: best of its horizon)", loc="left", fontsize=11)
@@ -86,7 +88,7 @@ def rate_figure(table: pd.DataFrame, fit: "HorizonFit", T: float) -> Figure:
 
 
 def curves_figure(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """Loss curves, a panel per horizon: training loss (running mean) and held-out loss (points).
+    """Loss curves of the lowest seed, a panel per horizon: training loss (running mean), held-out loss (points).
 
     Args:
       table: of the sweep.
@@ -103,27 +105,27 @@ def curves_figure(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> Fi
         for run in runs.itertuples():
             curve = curves[str(run.id)]
             smooth = curve["train_loss"].rolling(max(1, int(T) // 50), min_periods=1, center=True).mean()
-            broken = "" if run.status == "done" else f" {run.status}"
             color = colors[run.eta_ref]  # type: ignore[index]
-            ax.plot(curve["step"], smooth, lw=1, color=color, label=f"{run.eta_ref:g}{broken}")
+            ax.plot(curve["step"], smooth, lw=1, color=color)
             ax.plot(curve["step"], curve["eval_loss"], "o", ms=3, color=color)
         ax.set_title(f"T = {T:,}", fontsize=9)
         _finish(ax, legend=False)
     for ax in axes[len(horizons) :]:
         ax.axis("off")
     # Spikes of unstable runs would flatten everything else: they leave the panel above the initial loss.
-    axes[0].set_ylim(top=1.1 * max(curves[str(id)]["train_loss"].iloc[0] for id in table["id"]))
+    axes[0].set_ylim(top=1.1 * max((c["train_loss"].iloc[0] for c in curves.values() if len(c)), default=1.0))
     axes[0].set_ylabel("loss (nats a token)")
     figure.supxlabel("update", fontsize=9)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, title="$\\eta_{ref}$", loc="outside right upper", fontsize=8, frameon=False)
+    rates = sorted(table["eta_ref"].unique())
+    handles = [Line2D([], [], color=colors[e], label=f"{e:g}") for e in rates]
+    figure.legend(handles=handles, title="$\\eta_{ref}$", loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
-def _colors(values: Sequence[float], name: str = "turbo") -> dict[float, tuple[float, ...]]:
+def _colors(values: Sequence[float], name: str = "turbo") -> dict[float, tuple[float, float, float, float]]:
     """A colour for each of the ordered values."""
     ramp = matplotlib.colormaps[name](np.linspace(0.08, 0.88, max(len(values), 2)))
-    return {v: tuple(c) for v, c in zip(values, ramp, strict=False)}
+    return {v: (c[0], c[1], c[2], c[3]) for v, c in zip(values, ramp, strict=False)}
 
 
 def _finish(ax: Axes, legend: bool = True) -> None:

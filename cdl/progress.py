@@ -75,8 +75,9 @@ class TerminalProgress:
         )
 
     def _advance(self, id: str, step: int) -> None:
-        self._work_done += (step - self._steps.get(id, 0)) * _tokens(self._points[id])
-        self._steps[id] = step
+        before = self._steps.get(id, 0)
+        self._steps[id] = max(step, before)  # a diverged run has ended, whatever of it is still in flight
+        self._work_done += (self._steps[id] - before) * _tokens(self._points[id])
 
     def _rate(self) -> float:
         """Tokens a second, compilation left out; 0 while it is not known."""

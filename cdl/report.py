@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from cdl.planning import Plan, plan
+from cdl.planning import Plan, plan, settings
 from cdl.plots import curves_figure, rate_figure
 from cdl.progress import duration
 from cdl.sweep.store import Store, sweep_table
@@ -41,11 +41,6 @@ def write_report(folder: str | Path, T: int | None = None) -> tuple[Plan, list[P
         figure.savefig(png, format="png", dpi=150)
         images[name] = png.getvalue()
         _replace(root / f"{name}.png", images[name])
-    settings = {
-        c: table[c].iloc[0]
-        for c in table.columns
-        if c.split(".")[0] in ("model", "data", "optimizer", "schedule", "eval")
-    }
     sentence = made.recommendation()
     page = _template().render(
         name=root.resolve().name,
@@ -53,7 +48,7 @@ def write_report(folder: str | Path, T: int | None = None) -> tuple[Plan, list[P
         recommendation=sentence[0].upper() + sentence[1:],
         lines=[(line, line.predict(made.T)) for line in made.fit.lines],
         runs=table.to_dict("records"),
-        settings=settings,
+        settings={c: table[c].iloc[0] for c in ["data.path", *settings(table)]},
         figures={name: base64.b64encode(png).decode() for name, png in images.items()},
         n_params=f"{table['n_params'].iloc[0]:,}",
         total_time=duration(table["seconds"].sum()),

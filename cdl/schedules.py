@@ -54,6 +54,7 @@ def schedule(
     if name not in SHAPES:
         raise unknown("schedule", name, SHAPES)
     T = _whole("T", T, low=1)
+    _require(T <= 10**8, "T", T, "at most 10^8: rates are a table of T numbers")
     _require(_is_number(peak) and 0 < peak < math.inf, "peak", peak, "a positive number")
     _require(_is_number(final) and 0 <= final <= 1, "final", final, "a number in [0, 1]")
     warmup_steps = _duration("warmup", warmup, T)
@@ -149,8 +150,8 @@ def _step(T: int, warmup: int, final: float, *, at: Sequence[float] = (0.5, 0.75
 def _cyclic(T: int, warmup: int, final: float, *, cycles: int = 5) -> np.ndarray:
     """Triangular waves from trough to peak to trough; the last one ends at update T."""
     cycles = _whole("cycles", cycles, low=1)
-    if cycles > T:
-        raise UserError(f"cycles={cycles} exceeds T={T}; use at most one cycle an update")
+    if 2 * cycles > T:
+        raise UserError(f"cycles={cycles} need at least {2 * cycles} updates to rise and fall, T={T}; use fewer")
     # Phase in whole numbers: k * cycles mod T, so that every trough is exactly a trough.
     phase_T = (np.arange(1, T + 1) * cycles % T) / T
     s_T = final + (1 - final) * (1 - np.abs(2 * phase_T - 1))

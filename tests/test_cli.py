@@ -1,5 +1,7 @@
 """The command line with wrong input, one line and exit code 2 each; and `cdl train`."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,16 +35,23 @@ TRAIN = ["train", f"--config={TINY}", "--out=OUT"]
         ([*SWEEP, "seed=-1"], "seed=-1"),
         ([*SWEEP, "eta_ref=3.0"], "eta_ref is an axis of the sweep"),
         ([*SWEEP, "--lanes=0"], "--lanes=0"),
+        ([*SWEEP, "--lanes=9"], "--lanes=9 exceeds the number of CPU cores, 8"),
+        ([*SWEEP, "optimizer.weight_decay=1e999"], "optimizer.weight_decay=inf"),
+        ([*SWEEP, "data.path="], "data.path is empty"),
+        ([*SWEEP, "--nonsense", "eval.times=2"], "unrecognized arguments: --nonsense"),
         ([*SWEEP, "T"], "'T' is no change of a config field"),
         ([*TRAIN, "T=0"], "T=0 must be a whole number, at least 1"),
         ([*TRAIN, "T=1.5"], "T=1.5 must be a whole number"),
-        ([*TRAIN, "eta_ref=-1"], "eta_ref=-1.0 must be positive"),
+        ([*TRAIN, "eta_ref=-1"], "eta_ref=-1.0 must be a positive number"),
+        ([*TRAIN, "eta_ref=1e999"], "eta_ref=inf must be a positive number"),
+        ([*TRAIN, "T=1"], "schedule 'cosine' has no positive rate at T=1"),
         (["train", "--config=absent.py"], "--config='absent.py' does not exist"),
         (["train"], "the following arguments are required: --config"),
         (["sweeep"], "invalid choice: 'sweeep'"),
         ([], "required: VERB"),
         (["report", "/no/such/folder"], "/no/such/folder holds no finished run"),
         (["plan", "OUT"], "holds no finished run"),
+        (["plan", "OUT", "--T=1.5"], "invalid _whole_number value: '1.5'"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
@@ -77,7 +86,7 @@ def test_a_folder_of_another_sweep_is_refused_and_kept(tiny_sweep: Path, capsys:
 def test_train_is_one_run_of_the_same_loop(
     tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", f"--config={TINY}", f"--out={tmp_path / 'one'}", "T=60", "eta_ref=2.0"]
+    command = ["train", "T=60", f"--config={TINY}", "eta_ref=2.0", f"--out={tmp_path / 'one'}", "eval.times=3"]
     assert main(command) == 0
     table = sweep_table(tmp_path / "one")
     same = sweep_table(tiny_sweep).query("T == 60 and eta_ref == 2.0")
@@ -86,6 +95,12 @@ def test_train_is_one_run_of_the_same_loop(
     assert f"done: held-out loss {table['loss'][0]:.4f}" in capsys.readouterr().out
     assert main(command) == 0
     assert "the run is there already" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_reading_is_no_error(tiny_sweep: Path) -> None:
+    command = f"{sys.executable} -m cdl.cli plan {tiny_sweep} | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
 
 
 def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from cdl.errors import UserError
 __all__ = ["Corpus", "batches", "data_arguments", "heldout_batches", "read_corpus"]
 
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+_OF_THIS_MACHINE = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
 
 
 class Corpus(NamedTuple):
@@ -58,6 +59,8 @@ def read_corpus(path: str, heldout: float) -> Corpus:
         root = Path(sysconfig.get_paths()["stdlib"])
         return _split(_join(root, _source_files(root)), heldout)
     where = Path(path).expanduser()
+    if not path:
+        raise UserError("data.path is empty; give 'stdlib', a text or .bin file, or a folder")
     if where.is_file():
         return _split(_tokens(where) if where.suffix == ".bin" else _bytes(where), heldout)
     if (where / "train.bin").is_file():
@@ -156,15 +159,21 @@ def _join(root: Path, files: Iterator[Path]) -> np.ndarray:
 
 
 def _text_files(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_unreadable):
         subfolders[:] = [d for d in subfolders if not d.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+        files = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (f for f in files if f.is_file())  # no pipes, no links to nothing
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_unreadable):
         subfolders[:] = [d for d in subfolders if d not in _NOT_SOURCE]  # pruned: site-packages is large
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+        names = [n for n in names if n.endswith(".py") and not n.startswith(_OF_THIS_MACHINE)]
+        yield from (Path(folder, n) for n in names)
+
+
+def _unreadable(error: OSError) -> None:
+    raise error
 
 
 def _fingerprint(*streams: np.ndarray) -> str:

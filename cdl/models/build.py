@@ -1,6 +1,6 @@
 """From the `model` section of a config to two pure functions: initial parameters, and the loss of a batch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +13,8 @@ from cdl.models import gpt2
 
 __all__ = ["MODELS", "Model", "build", "model_arguments"]
 
-MODELS = {"gpt2": gpt2}
+# name: the module's class, called with the section's arguments and `rngs`, and its default arguments.
+MODELS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {"gpt2": (gpt2.GPT2, gpt2.arguments)}
 
 
 class _Init(Protocol):
@@ -41,7 +42,7 @@ def model_arguments(name: str) -> dict[str, Any]:
     """The arguments of one model with the values of its default size."""
     if name not in MODELS:
         raise unknown("model", name, MODELS)
-    return MODELS[name].arguments()
+    return MODELS[name][1]()
 
 
 def build(section: Mapping[str, Any]) -> Model:
@@ -56,7 +57,7 @@ def build(section: Mapping[str, Any]) -> Model:
     for key in arguments:
         if key not in known:
             raise unknown(f"argument of model {name!r}", key, known)
-    make = partial(gpt2.GPT2, **arguments)
+    make = partial(MODELS[name][0], **arguments)
     abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(abstract)
 

@@ -1,6 +1,7 @@
 """From the `optimizer` section of a config to an `optax.GradientTransformation` whose rate is data."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,8 +69,9 @@ def build(section: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
     for key, value in arguments.items():
         if key not in known:
             raise unknown(f"argument of optimizer {name!r}", key, known)
-        if value < 0 or (key in ("momentum", "b1", "b2") and value >= 1):
-            raise UserError(f"optimizer.{key}={value!r} must be {'in [0, 1)' if value >= 1 else 'at least 0'}")
+        if not 0 <= value < math.inf or (key in ("momentum", "b1", "b2") and value >= 1):
+            allowed = "in [0, 1)" if key in ("momentum", "b1", "b2") else "a number, at least 0"
+            raise UserError(f"optimizer.{key}={value!r} must be {allowed}")
     return optax.inject_hyperparams(lambda learning_rate: OPTIMIZERS[name](learning_rate, **arguments))(
         learning_rate=0.0
     )

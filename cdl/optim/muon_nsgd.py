@@ -53,9 +53,11 @@ def tensor_ranks(params: Any, rules: Sequence[Rule] = RULES) -> Any:
         rank = next((r.rank for r in rules if re.search(r.pattern, name)), None)
         if rank is None:
             patterns = ", ".join(r.pattern for r in rules)
-            raise ValueError(f"Muon-NSGD: no rule names parameter {name!r} {leaf.shape}; rules: {patterns}")
+            raise ValueError(
+                f"no rule says whether parameter {name!r} {leaf.shape} is a matrix or a vector; rules: {patterns}"
+            )
         if rank == 2 and leaf.ndim < 2:
-            raise ValueError(f"Muon-NSGD: parameter {name!r} {leaf.shape} is no matrix, as its rule says")
+            raise ValueError(f"parameter {name!r} {leaf.shape} is no matrix, as its rule says")
         return rank
 
     return jax.tree_util.tree_map_with_path(rank_of, params)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from cdl.config import change, flatten, from_flat
@@ -57,8 +58,8 @@ class Point:
         return f"Point({self.id}, eta_ref={self.flat['eta_ref']}, T={self.flat['T']})"
 
 
-def product(**axes: Sequence[Any]) -> list[dict[str, Any]]:
-    """All combinations of the axes' values, the last axis fastest.
+def product(**axes: Sequence[Any] | np.ndarray) -> list[dict[str, Any]]:
+    """All combinations of the axes' values (lists or arrays), the last axis fastest.
 
     Raises:
       UserError: an axis that is empty or repeats a value.
@@ -66,10 +67,11 @@ def product(**axes: Sequence[Any]) -> list[dict[str, Any]]:
     >>> product(T=[100, 200], eta_ref=[1.0, 3.0])[1]
     {'T': 100, 'eta_ref': 3.0}
     """
-    for name, values in axes.items():
-        if not len(values) or len({json.dumps(v) for v in values}) != len(values):
-            raise UserError(f"axis {name}={list(values)} of the grid must have values, each once")
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    lists = {name: np.asarray(v).tolist() if isinstance(v, np.ndarray) else list(v) for name, v in axes.items()}
+    for name, values in lists.items():
+        if not len(values) or len({repr(v) for v in values}) != len(values):
+            raise UserError(f"axis {name}={values} of the grid must have values, each once")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
 def expand(

@@ -42,7 +42,7 @@ class Store:
     def open_for(self, points: "Sequence[Point]") -> None:
         """Make the folder this sweep's, or extend it by these points; remove what a crash left half-written.
 
-        A sweep may grow along eta_ref, T, seed and whatever else its grid varies.
+        A sweep may grow along eta_ref, T, seed and the axes that its grid varied when it was begun.
 
         Raises:
           UserError: the folder holds a sweep that differs in another field, or something that is no sweep.
@@ -51,18 +51,24 @@ class Store:
         record = self.root / "sweep.json"
         ids = {p.id for p in points}
         if record.is_file():
-            old = _read_json(record)
-            for field in sorted(fixed.keys() & old["fixed"].keys()):
-                if fixed[field] != old["fixed"][field]:
+            old = _read_json(record, "this file")
+            # Names first: another optimizer also has other arguments, but that is not the news.
+            for field, there in sorted(old["fixed"].items(), key=lambda x: (not x[0].endswith(".name"), x[0])):
+                here = fixed.get(field, "varied")
+                if field == "data.fingerprint" and here != there:
                     raise UserError(
-                        f"{self.root} belongs to another sweep: {field} is {old['fixed'][field]!r} there and "
-                        f"{fixed[field]!r} here; choose another --out, or set {field} as it is there"
+                        f"{self.root} belongs to another sweep: its runs saw other text; choose another --out"
                     )
-            fixed = {k: v for k, v in old["fixed"].items() if k in fixed}
+                if here != there:
+                    raise UserError(
+                        f"{self.root} belongs to another sweep: {field} is {there!r} there and {here!r} here; "
+                        f"choose another --out, or set {field}={there}"
+                    )
+            fixed = old["fixed"]
             ids |= set(old["points"])
         elif self.root.is_file():
             raise UserError(f"--out={str(self.root)!r} is a file; choose a folder")
-        elif self.root.is_dir() and any(self.root.iterdir()):
+        elif self.root.is_dir() and any(not f.name.startswith(_TEMPORARY) for f in self.root.iterdir()):
             raise UserError(f"--out={str(self.root)!r} holds other files and no sweep; choose a new folder")
         self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.glob(f"{_TEMPORARY}*"):
@@ -81,7 +87,7 @@ class Store:
     def expected(self) -> set[str]:
         """Ids of all points that sweeps into this folder were asked for."""
         record = self.root / "sweep.json"
-        return set(_read_json(record)["points"]) if record.is_file() else self.ids()
+        return set(_read_json(record, "this file")["points"]) if record.is_file() else self.ids()
 
     def write(self, point: "Point", curve: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> None:
         """Publish a finished point. One that is already there stays as it is."""
@@ -103,7 +109,11 @@ class Store:
 
     def curve(self, id: str) -> pd.DataFrame:
         """The curve of one point: columns step, eta, train_loss, eval_loss."""
-        return pd.read_parquet(self.root / id / "curve.parquet")
+        path = self.root / id / "curve.parquet"
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as e:  # pyarrow's errors are both
+            raise UserError(f"{path} is damaged; remove the folder {path.parent} and run the sweep again") from e
 
     def table(self) -> pd.DataFrame:
         """One row per finished point: id, status, results, then every config field; by eta_ref, then T.
@@ -112,9 +122,12 @@ class Store:
         """
         rows = []
         for id in self.ids():
-            point = _read_json(self.root / id / "point.json")
-            result = _read_json(self.root / id / "result.json")
-            rows.append({"id": id} | result | point["config"])
+            folder = self.root / id
+            point, result = (_read_json(folder / f, f"the folder {folder}") for f in ("point.json", "result.json"))
+            if "config" not in point or "loss" not in result:
+                raise UserError(f"{folder} is damaged: a field is missing; remove it and run the sweep again")
+            fingerprint = {"data.fingerprint": point.get("data.fingerprint")}
+            rows.append({"id": id} | result | point["config"] | fingerprint)
         if not rows:
             return pd.DataFrame(columns=pd.Index(_FIRST))
         table = pd.DataFrame(rows).astype({"loss": float, "train_loss": float})
@@ -136,7 +149,7 @@ def sweep_table(folder: str | Path) -> pd.DataFrame:
 
 
 def _common(points: "Sequence[Point]") -> dict[str, Any]:
-    """What all points share, apart from the axes along which any sweep may grow."""
+    """What all points share, without eta_ref, T and seed, along which any sweep may grow."""
     first = points[0].identity
     return {
         k: v
@@ -145,8 +158,12 @@ def _common(points: "Sequence[Point]") -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a file; `remedy` is what to remove where it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is damaged ({e}); remove its folder and run the sweep again") from e
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is damaged ({e}); remove {remedy} and run the sweep again") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged; remove {remedy} and run the sweep again")
+    return value

@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     status: "done", or "diverged" where a loss was NaN or infinite; then the curve stops before that row.
     curve: arrays `step`, `eta`, `train_loss`, `eval_loss` of one length; NaN where nothing was measured.
     diverged_at: the row whose loss was not finite, or None.
-    seconds: from the first dispatch to the last number read, beside the other lanes.
+    seconds: from the first dispatch to the last number read, beside the other lanes; compilation is before that.
     """
 
     run: Run
@@ -66,6 +66,7 @@ class _Live:
     run: Run
     started: float
     step: int = 0
+    ended: bool = False
     train_loss: np.ndarray = field(init=False)
     eval_loss: np.ndarray = field(init=False)
 
@@ -87,19 +88,24 @@ class _Block(NamedTuple):
 
 
 def train(
-    program: Program, runs: Iterable[Run], on_block: Callable[[list[LaneStatus]], None] | None = None
+    program: Program,
+    runs: Iterable[Run],
+    on_block: Callable[[list[LaneStatus]], None] | None = None,
+    at_once: int | None = None,
 ) -> Iterator[Outcome]:
-    """Train all runs, as many at a time as there are lanes; yields each outcome as soon as it is known.
+    """Train all runs, `at_once` at a time (as many as there are lanes if None); yields outcomes as they come.
 
     Runs start in the order given, each in the first lane that is free. What a run computes does not depend on the
     lanes beside it. `on_block` is called with the busy lanes about every `BLOCK_SECONDS`.
     """
     waiting = deque(runs)
+    if waiting:
+        program.compile(waiting[0].batches[0])
     lanes: list[_Live | None] = [None] * program.lanes
     unread: deque[_Block] = deque()
     pace = _Pace(program.block)
     while True:
-        _refill(program, lanes, waiting)
+        _refill(program, lanes, waiting, at_once or program.lanes)
         if any(lanes):
             unread.append(_dispatch(program, lanes, pace.steps()))
             for i, live in enumerate(lanes):
@@ -110,15 +116,16 @@ def train(
             yield from _read(block, lanes)
             pace.read(max(n for _, _, n in block.spans.values()))
             if on_block:
-                on_block([_status(live, first + n) for live, first, n in block.spans.values()])
+                spans = [s for s in block.spans.values() if not s[0].ended or s[1] + s[2] == len(s[0].run.eta_T)]
+                on_block([_status(live, first + n) for live, first, n in spans])
         if not (waiting or any(lanes)):
             return
 
 
-def _refill(program: Program, lanes: list[_Live | None], waiting: deque[Run]) -> None:
+def _refill(program: Program, lanes: list[_Live | None], waiting: deque[Run], at_once: int) -> None:
     seeds = {}
-    for i, live in enumerate(lanes):
-        if live is None and waiting:
+    for i in range(at_once):
+        if lanes[i] is None and waiting:
             run = waiting.popleft()
             lanes[i], seeds[i] = _Live(run, time.monotonic()), run.seed
     if seeds:
@@ -160,7 +167,7 @@ def _read(block: _Block, lanes: list[_Live | None]) -> Iterator[Outcome]:
     loss_RxK = np.asarray(block.loss_RxK, np.float64)
     eval_loss_R = None if block.eval_loss_R is None else np.asarray(block.eval_loss_R, np.float64)
     for i, (live, first, n) in block.spans.items():
-        if live.started < 0:
+        if live.ended:
             continue  # it diverged in an earlier block
         live.train_loss[first : first + n] = loss_RxK[i, :n]
         broken = [first + int(k) for k in np.flatnonzero(~np.isfinite(loss_RxK[i, :n]))[:1]]
@@ -169,10 +176,10 @@ def _read(block: _Block, lanes: list[_Live | None]) -> Iterator[Outcome]:
             if not broken and not np.isfinite(eval_loss_R[i]):
                 broken = [first + n]
         if broken or first + n == len(live.run.eta_T):
-            yield _outcome(live, broken[0] if broken else None)
-            live.started = -1.0
+            live.ended = True
             if lanes[i] is live:
                 lanes[i] = None
+            yield _outcome(live, broken[0] if broken else None)
 
 
 def _outcome(live: _Live, diverged_at: int | None) -> Outcome:

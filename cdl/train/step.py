@@ -119,6 +119,17 @@ class Program:
             lambda: jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), one), out_shardings=self._by_run
         )()
 
+    def compile(self, batch: np.ndarray) -> None:
+        """Compile what is not compiled yet, by calls that do nothing, so that times of runs are of training.
+
+        Args:
+          batch: one batch, for its shape and type.
+        """
+        R, K = self.lanes, self.block
+        self.fill({})
+        self.train(np.zeros((R, K, *batch.shape), batch.dtype), np.zeros((R, K)), np.zeros(self.devices))
+        self.evaluate([]).block_until_ready()
+
     def fill(self, seeds: dict[int, int]) -> None:
         """Put a new run into each lane named: lane -> seed. The others are left as they are."""
         seed_R = np.zeros(self.lanes, np.uint32)

@@ -118,7 +118,7 @@ def test_ratio_scales_the_vectors_alone() -> None:
 
 
 def test_a_leaf_that_no_rule_names_raises() -> None:
-    with pytest.raises(ValueError, match="no rule names parameter 'head/weights'"):
+    with pytest.raises(ValueError, match="no rule says whether parameter 'head/weights'"):
         muon_nsgd(0.1).init({"head": {"weights": jnp.zeros((4, 4))}})
     with pytest.raises(ValueError, match=r"'head/kernel' .* is no matrix"):
         muon_nsgd(0.1).init({"head": {"kernel": jnp.zeros(4)}})

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -45,6 +46,9 @@ def test_points_of_one_program_differ_in_lane_data_alone() -> None:
 def test_product_is_complete_and_in_order() -> None:
     grid = product(a=[1, 2], b=["x", "y", "z"])
     assert [(g["a"], g["b"]) for g in grid] == [(a, b) for a in (1, 2) for b in "xyz"]
+    from_numpy = product(T=np.geomspace(100, 1600, 3).astype(int), eta_ref=np.array([0.5, 1.0]))
+    assert from_numpy == product(T=[100, 400, 1600], eta_ref=[0.5, 1.0])
+    assert type(from_numpy[0]["T"]) is int
     for axes in (dict(a=[]), dict(a=[1, 1]), dict(a=[0.1, 0.1])):
         with pytest.raises(UserError, match="axis a"):
             product(**axes)
@@ -71,7 +75,7 @@ def test_a_new_name_brings_its_own_section(kind: str, names: Any) -> None:
 
 
 def test_changes_keep_the_kind_of_their_field() -> None:
-    c = change(base(), {"schedule.warmup": 100, "eta_ref": 2, "T": 800.0})
+    c = change(base(), {"schedule.warmup": 100, "eta_ref": np.int64(2), "T": 800.0})
     assert (c.schedule.warmup, type(c.schedule.warmup)) == (100, int)  # a number of updates
     assert (c.eta_ref, type(c.eta_ref)) == (2.0, float)
     assert (c.T, type(c.T)) == (800, int)
@@ -84,7 +88,9 @@ def test_changes_keep_the_kind_of_their_field() -> None:
 
 def test_assignments() -> None:
     parsed = parse_assignments(["T=100", "optimizer.name=adamw", "data.path=a=b.txt", "schedule.at=(0.1,0.2)"])
-    assert parsed == {"T": 100, "optimizer.name": "adamw", "data.path": "a=b.txt", "schedule.at": (0.1, 0.2)}
+    assert parsed == {"T": "100", "optimizer.name": "adamw", "data.path": "a=b.txt", "schedule.at": "(0.1,0.2)"}
+    c = change(base(), parse_assignments(["T=800", "data.path=2024", "schedule.name=step", "schedule.at=(0.1,0.2)"]))
+    assert (c.T, c.data.path, c.schedule.at) == (800, "2024", (0.1, 0.2))
     for bad in (["T"], ["=3"], ["T=1", "T=2"]):
         with pytest.raises(UserError):
             parse_assignments(bad)
@@ -103,6 +109,15 @@ def test_config_files_that_cannot_work_are_named(tmp_path: Any) -> None:
     files = {
         "no.py": ("x = 1", "no get_config"),
         "extra.py": ("import cdl.config\ndef get_config():\n c = cdl.config.base(); c.sed = 1; return c", "'sed'"),
+        "syntax.py": ("def get_config(:\n pass", r"syntax.py:1: SyntaxError"),
+        "absent_import.py": ("import absent_module", r"absent_import.py:1: ModuleNotFoundError"),
+        "broken.py": ("def get_config():\n x = 1\n return 1 / 0", r"broken.py:3: ZeroDivisionError"),
+        "dict.py": ("def get_config():\n return {}", "gave a dict"),
+        "kind.py": (
+            "import cdl.config\ndef get_config():\n c = cdl.config.base(); c.eta_ref = 2.5\n with c.ignore_type(): c.T = 'x'\n return c",
+            "T='x' must be a number",
+        ),
+        "none.py": ("import cdl.config\nget_config = cdl.config.base\ndef sweep(): pass", "list of dicts"),
         "less.py": ("import cdl.config\ndef get_config():\n c = cdl.config.base(); del c.seed; return c", "lacks"),
     }
     for name, (text, words) in files.items():

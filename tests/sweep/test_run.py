@@ -78,17 +78,21 @@ def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
 
 def test_every_config_field_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sections with a name go whole to functions that take no unknown argument; other fields are read one by one."""
-    read: set[str] = set()
+    read: set[tuple[frozenset[str], str]] = set()  # (names of the section, name)
     plain = ConfigDict.__getattr__
 
     def recording(self: ConfigDict, name: str) -> Any:
-        read.add(name)
+        read.add((frozenset(self.keys()), name))
         return plain(self, name)
 
     monkeypatch.setattr(ConfigDict, "__getattr__", recording)
     points_of(base(), [{}])
-    fields = {k for k in flatten(base()) if k.split(".")[0] not in ("model", "optimizer", "schedule")}
-    assert {f.split(".")[-1] for f in fields} <= read
+    monkeypatch.undo()
+    config = base()
+    sections = [config, config.data, config.eval]
+    expected = {(frozenset(s.keys()), name) for s in sections for name in s}
+    assert len(expected) == len(flatten(config)) - sum(len(config[k]) for k in ("model", "optimizer", "schedule")) + 5
+    assert expected <= read
 
 
 def test_a_second_time_trains_nothing(tiny_sweep: Path) -> None:
@@ -112,6 +116,8 @@ def test_results_say_what_was_run(tiny_sweep: Path) -> None:
         assert curve["eval_loss"].iloc[-1] == row.loss
         assert curve["eta"].max() == pytest.approx(row.eta_peak)
         assert curve["eval_loss"].notna().sum() == 3
+        last = curve["train_loss"].dropna().iloc[-max(1, row.T // 20) :]
+        assert row.train_loss == pytest.approx(last.mean(), rel=1e-12)
 
 
 def test_check_trains_the_predicted_horizon_and_says_how_it_went(tiny_sweep: Path, tmp_path: Path) -> None:
@@ -131,6 +137,61 @@ def test_check_trains_the_predicted_horizon_and_says_how_it_went(tiny_sweep: Pat
     assert f"{verdict} the 95% interval" in done.stdout
 
 
+def test_a_check_has_the_settings_of_the_grid(tmp_path: Path) -> None:
+    config = tmp_path / "adamw.py"
+    axes = 'product(**{"optimizer.name": ["adamw"]}, seed=[3], eta_ref='
+    config.write_text(Path(TINY).read_text().replace("product(eta_ref=", axes))
+    out = tmp_path / "s"
+    command = [sys.executable, "-m", "cdl.cli", "sweep", f"--config={config}", f"--out={out}", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    check = sweep_table(out / "check")
+    assert check["optimizer.name"].tolist() == ["adamw"]
+    assert check["seed"].tolist() == [3]
+    assert len(plan(out).checks) == 1
+
+
+def test_a_sweep_goes_on_where_its_text_was_moved_to(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_bytes(bytes(range(32, 127)) * 100)
+    config = tmp_path / "short.py"
+    config.write_text(Path(TINY).read_text().replace("T=[40, 60, 90, 130]", "T=[20, 30]"))
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cdl.cli", "sweep", f"--config={config}", f"--out={tmp_path / 's'}"]
+        return subprocess.run([*command, f"data.path={text}"], capture_output=True, text=True, check=False)
+
+    assert run().returncode == 0
+    text = text.rename(tmp_path / "b.txt")
+    config.write_text(config.read_text().replace("T=[20, 30]", "T=[20, 30, 45]"))
+    moved = run()
+    assert moved.returncode == 0, moved.stderr
+    assert "2 runs, 4 already done" in moved.stderr
+    assert "Plan: at T=180" in moved.stdout
+
+
+def test_two_sweeps_at_once_into_one_folder_harm_nothing(tiny_sweep: Path, tmp_path: Path) -> None:
+    both = [subprocess.Popen(sweep(tmp_path / "s"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in "ab"]
+    for process in both:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    equal(tmp_path / "s", tiny_sweep)
+    assert not list((tmp_path / "s").glob(".writing-*"))
+
+
+def test_a_grid_without_a_law_is_finished_all_the_same(tmp_path: Path) -> None:
+    config = tmp_path / "one.py"
+    config.write_text(Path(TINY).read_text().replace("T=[40, 60, 90, 130]", "T=[20]"))
+    command = [sys.executable, "-m", "cdl.cli", "sweep", f"--config={config}", f"--out={tmp_path / 's'}", "--lanes=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs; 1 at a time" in done.stderr
+    assert "no law to fit" in done.stdout
+    checked = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 2
+    assert "nothing to check" in checked.stderr
+
+
 def test_a_diverged_run_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
     config = tmp_path / "wild.py"
     config.write_text(Path(TINY).read_text().replace("eta_ref=[0.5, 2.0]", "eta_ref=[0.5, 1e30]"))
@@ -145,6 +206,7 @@ def test_a_diverged_run_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> Non
     row = table.loc[(1e30, 130)]
     curve = Store(out).curve(str(row["id"]))
     assert len(curve) == row["diverged_at"] < 130
+    assert row["tokens"] == len(curve) * 4 * 16
     assert curve["train_loss"].notna().all()
     assert "eta_ref=1e+30 diverged at T = 40, 60, 90, 130" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -67,6 +67,11 @@ def test_a_folder_belongs_to_one_sweep_and_may_grow(tmp_path: Path) -> None:
     assert len(store.expected()) == 3
     with pytest.raises(UserError, match=r"belongs to another sweep: model.d_model is 64 there and 32 here"):
         store.open_for([point(T=10, model__d_model=32)])
+    with pytest.raises(UserError, match=r"model.d_model is 64 there and 'varied' here"):  # one law would not fit both
+        store.open_for([point(T=10, model__d_model=d) for d in (32, 64)])
+    other_text = Point(point(T=10).flat, "g")
+    with pytest.raises(UserError, match="its runs saw other text"):
+        store.open_for([other_text])
     with pytest.raises(UserError, match=r"optimizer.name is 'muon_nsgd' there and 'adamw' here"):
         store.open_for([point(T=10, optimizer__name="adamw")])
     assert len(store.expected()) == 3
@@ -88,5 +93,20 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     store.open_for([p])
     store.write(p, CURVE, RESULT)
     (store.root / p.id / "result.json").write_text('{"status": ')
-    with pytest.raises(UserError, match=rf"{p.id}/result.json is damaged"):
+    with pytest.raises(UserError, match=rf"{p.id}/result.json is damaged .*remove the folder \S+{p.id} and"):
         store.table()
+    (store.root / p.id / "result.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"{p.id} is damaged: a field is missing"):
+        store.table()
+    (store.root / p.id / "curve.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"curve.parquet is damaged"):
+        store.curve(p.id)
+    (store.root / "sweep.json").write_text("[]")
+    with pytest.raises(UserError, match=r"sweep.json is damaged; remove this file"):
+        store.open_for([p])
+
+
+def test_a_start_that_was_killed_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / ".writing-1234-sweep.json").write_text("{")
+    Store(tmp_path).open_for([point()])
+    assert Store(tmp_path).expected() == {point().id}
