@@ -114,7 +114,7 @@ def test_config_files_that_cannot_work_are_named(tmp_path: Any) -> None:
         "broken.py": ("def get_config():\n x = 1\n return 1 / 0", r"broken.py:3: ZeroDivisionError"),
         "dict.py": ("def get_config():\n return {}", "gave a dict"),
         "kind.py": (
-            "import cdl.config\ndef get_config():\n c = cdl.config.base(); c.eta_ref = 2.5\n with c.ignore_type(): c.T = 'x'\n return c",
+            "import cdl.config\ndef get_config():\n c = cdl.config.base()\n with c.ignore_type(): c.T = 'x'\n return c",
             "T='x' must be a number",
         ),
         "none.py": ("import cdl.config\nget_config = cdl.config.base\ndef sweep(): pass", "list of dicts"),
