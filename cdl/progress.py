@@ -51,7 +51,9 @@ class TerminalProgress:
         self._before = finished
         self._work = sum(p.config.T * _tokens(p) for p in todo)
         kept = f", {finished} already done" if finished else ""
-        self._console.print(f"{len(todo)} runs{kept}; {lanes} at a time. Compiling ...", highlight=False)
+        self._console.print(
+            f"{len(todo)} run{'s' * (len(todo) != 1)}{kept}; {lanes} at a time. Compiling ...", highlight=False
+        )
 
     def block(self, lanes: Sequence[LaneStatus]) -> None:
         self._lanes = lanes

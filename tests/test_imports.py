@@ -38,6 +38,8 @@ def imports_of(file: Path) -> set[str]:
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("cdl.")}
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cdl":
             parts = node.module.split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
