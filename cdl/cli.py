@@ -166,9 +166,10 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from cdl import config as configs
-    from cdl.sweep.run import points_of
+    from cdl.sweep.run import points_of, use_cpu_cores
     from cdl.sweep.store import Store
 
+    use_cpu_cores()
     config, _ = configs.load(arguments.config)
     points = points_of(config, [configs.parse_assignments(arguments.changes)])
     out = Path(arguments.out) if arguments.out else Path("runs") / f"train-{points[0].id}"
@@ -187,16 +188,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _train_points(console: "Console", points: "Sequence[Point]", store: "Store", lanes: int | None) -> None:
     from cdl.progress import TerminalProgress
-    from cdl.sweep.run import run_points, use_cpu_cores
+    from cdl.sweep.run import run_points
 
-    missing = len({p.id for p in points} - store.ids())
-    if not missing:
+    if {p.id for p in points} <= store.ids():
         many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
         console.print(
             f"{store.root}: {many} there already, nothing to train.", highlight=False, soft_wrap=True, markup=False
         )
         return
-    use_cpu_cores()
     try:
         with TerminalProgress(console) as progress:
             run_points(points, store, progress, lanes)

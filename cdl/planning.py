@@ -123,6 +123,8 @@ def plan(folder: str | Path, T: int | None = None) -> Plan:
             warnings.append(f"the check run at eta_ref={eta_ref:g}, T={horizon} has other settings and is left out")
         elif row["status"] != "done":
             warnings.append(f"the check run at eta_ref={eta_ref:g}, T={horizon} diverged")
+        elif not any(line.eta_ref == eta_ref for line in fit.lines):
+            warnings.append(f"the check run at eta_ref={eta_ref:g}, T={horizon} has no line to be compared with")
         else:
             checks.append(Check(eta_ref, horizon, loss, fit.line(eta_ref).predict(horizon)))
     return Plan(fit, int(T), line, line.predict(T), tuple(warnings), tuple(checks))

@@ -167,7 +167,6 @@ def _parts(point: Point) -> tuple[models.Model, Any, np.ndarray]:
     if c.data.seq_len > c.model.context:
         raise UserError(f"data.seq_len={c.data.seq_len} exceeds model.context={c.model.context}; raise model.context")
     heldout = heldout_batches(corpus, c.data, c.eval.tokens)
-    batches(corpus, c.data, c.seed)
     most = _largest_token(c.data.path, c.data.heldout)  # one beyond the vocabulary would read as NaN
     if most >= c.model.vocab_size:
         raise UserError(

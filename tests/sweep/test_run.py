@@ -1,6 +1,7 @@
 """Sweeps as their user runs them: killed and resumed, extended, repeated."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,8 +122,6 @@ def test_results_say_what_was_run(tiny_sweep: Path) -> None:
 
 
 def test_check_trains_the_predicted_horizon_and_says_how_it_went(tiny_sweep: Path, tmp_path: Path) -> None:
-    import shutil
-
     out = tmp_path / "copy"
     shutil.copytree(tiny_sweep, out)
     promised = plan(out)
@@ -149,6 +148,13 @@ def test_a_check_has_the_settings_of_the_grid(tmp_path: Path) -> None:
     assert check["optimizer.name"].tolist() == ["adamw"]
     assert check["seed"].tolist() == [3]
     assert len(plan(out).checks) == 1
+    checked = check["eta_ref"][0]
+    for row in sweep_table(out).itertuples():
+        if row.eta_ref == checked:
+            shutil.rmtree(out / str(row.id))
+    without = plan(out)  # a check that has lost its line is said, and harms nothing
+    assert without.checks == ()
+    assert any("no line to be compared with" in w for w in without.warnings)
 
 
 def test_a_sweep_goes_on_where_its_text_was_moved_to(tmp_path: Path) -> None:
