@@ -13,11 +13,26 @@ if TYPE_CHECKING:
     from cdl.report import write_report
     from cdl.schedules import optax_schedule, schedule
     from cdl.sweep.store import sweep_table
+    from cdl.theory.bounds import average_bound, bound, bound_curve
 
-__all__ = ["UserError", "fit_horizon", "optax_schedule", "plan", "schedule", "sweep_table", "write_report"]
+__all__ = [
+    "UserError",
+    "average_bound",
+    "bound",
+    "bound_curve",
+    "fit_horizon",
+    "optax_schedule",
+    "plan",
+    "schedule",
+    "sweep_table",
+    "write_report",
+]
 
 _HOME = {
     "UserError": "cdl.errors",
+    "average_bound": "cdl.theory.bounds",
+    "bound": "cdl.theory.bounds",
+    "bound_curve": "cdl.theory.bounds",
     "fit_horizon": "cdl.laws.horizon",
     "optax_schedule": "cdl.schedules",
     "plan": "cdl.planning",

@@ -19,6 +19,7 @@ LAYERS = [
     {"sweep"},
     {"train", "config"},
     {"models", "optim", "data", "laws"},
+    {"theory"},
     {"schedules", "plots"},
     {"errors"},
 ]
@@ -58,6 +59,18 @@ def test_imports_point_downward() -> None:
 def test_laws_import_neither_model_nor_trainer() -> None:
     for file in (ROOT / "laws").glob("*.py"):
         assert imports_of(file) <= {"errors", "laws", "plots", "schedules", "theory"}
+
+
+def test_theory_stands_alone() -> None:
+    for file in (ROOT / "theory").glob("*.py"):
+        assert imports_of(file) <= {"errors", "schedules", "theory"}
+
+
+@pytest.mark.parametrize("name", ["bound", "bound_curve", "average_bound"])
+def test_bounds_load_jax_alone(name: str) -> None:
+    code = f"import cdl, sys; cdl.{name}; print([m for m in ('flax', 'optax', 'grain', 'sympy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["schedule", "fit_horizon", "sweep_table", "plan"])
