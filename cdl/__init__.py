@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from cdl.schedules import optax_schedule, schedule
     from cdl.sweep.store import sweep_table
     from cdl.theory.bounds import average_bound, bound, bound_curve
+    from cdl.theory.optimal import best_peak
 
 __all__ = [
     "UserError",
     "average_bound",
+    "best_peak",
     "bound",
     "bound_curve",
     "fit_horizon",
@@ -31,6 +33,7 @@ __all__ = [
 _HOME = {
     "UserError": "cdl.errors",
     "average_bound": "cdl.theory.bounds",
+    "best_peak": "cdl.theory.optimal",
     "bound": "cdl.theory.bounds",
     "bound_curve": "cdl.theory.bounds",
     "fit_horizon": "cdl.laws.horizon",

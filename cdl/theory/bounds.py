@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 from cdl.errors import UserError
 from cdl.theory import cauchy
 
-__all__ = ["Terms", "average_bound", "bound", "bound_curve", "bound_terms"]
+__all__ = ["Terms", "average_bound", "bound", "bound_curve", "bound_terms", "checked"]
 
 Iterate = Literal["last", "average"]
 _BLOCK = 2**19  # rates worked on together
@@ -156,7 +156,7 @@ def bound_terms(
 
 def _arguments(eta_T: ArrayLike, D: ArrayLike, G: ArrayLike) -> tuple[Any, Any, Any]:
     """Checked and in shapes that fit together: [T] or [R, T]; [] or [R]; [], [T] or [R, T]."""
-    eta_T, D, G = (_numbers(name, x) for name, x in (("eta_T", eta_T), ("D", D), ("G", G)))
+    eta_T, D, G = (checked(name, x) for name, x in (("eta_T", eta_T), ("D", D), ("G", G)))
     if eta_T.ndim not in (1, 2) or 0 in eta_T.shape:
         raise UserError(f"eta_T has shape {eta_T.shape}; give at least one rate, as [T] or [R, T]")
     if D.shape not in ((), eta_T.shape[:-1]):
@@ -166,8 +166,8 @@ def _arguments(eta_T: ArrayLike, D: ArrayLike, G: ArrayLike) -> tuple[Any, Any, 
     return eta_T, D, G
 
 
-def _numbers(name: str, x: ArrayLike) -> Any:
-    """A finite, non-negative float64 array, or a traced one as it is."""
+def checked(name: str, x: ArrayLike) -> Any:
+    """As a finite, non-negative float64 array, or UserError; a traced array as it is."""
     if isinstance(x, jax.core.Tracer):
         return x
     try:
