@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cdl.schedules import optax_schedule, schedule
     from cdl.sweep.store import sweep_table
     from cdl.theory.bounds import average_bound, bound, bound_curve
+    from cdl.theory.exam import exam
     from cdl.theory.optimal import best_peak
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "best_peak",
     "bound",
     "bound_curve",
+    "exam",
     "fit_horizon",
     "optax_schedule",
     "plan",
@@ -36,6 +38,7 @@ _HOME = {
     "best_peak": "cdl.theory.optimal",
     "bound": "cdl.theory.bounds",
     "bound_curve": "cdl.theory.bounds",
+    "exam": "cdl.theory.exam",
     "fit_horizon": "cdl.laws.horizon",
     "optax_schedule": "cdl.schedules",
     "plan": "cdl.planning",

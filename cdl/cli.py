@@ -64,6 +64,17 @@ def _whole_number(text: str) -> int:
     return int(number)
 
 
+def _theory(verb: str) -> Callable[[argparse.Namespace], None]:
+    """A verb of `cdl.cli_theory`, loaded when it is run."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        from cdl import cli_theory
+
+        getattr(cli_theory, verb)(arguments)
+
+    return run
+
+
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from importlib.metadata import version
@@ -121,6 +132,50 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("plan", _plan, "rate and expected loss of a longer run", "cdl plan runs/demo --T=20000")
     p.add_argument("folder", help="folder of a sweep")
     p.add_argument("--T", type=_whole_number, metavar="N", help="horizon to predict (default: four times the longest)")
+
+    def theory_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--D", type=float, default=1.0, metavar="D", help="distance to a minimiser (default: 1)")
+        p.add_argument("--G", default="1", metavar="G", help="gradient norm: a number, or a file with one a step")
+        p.add_argument("--plot", metavar="FILE", help="draw a figure: .png, .pdf or .svg")
+        p.add_argument("--csv", metavar="FILE", help="write the numbers")
+
+    written = "name, name:key=value,.. as wsd:decay=0.2,form=sqrt"
+    p = verb(
+        "bound",
+        _theory("bound"),
+        "bounds of schedules, side by side, each at its best peak rate unless one is given",
+        "cdl bound linear cosine wsd:decay=0.2 --T=1e5 --plot=bounds.png",
+    )
+    p.add_argument("schedules", nargs="+", metavar="SCHEDULE", help=f"{written}; or a file of rates (.csv, .txt, .npy)")
+    p.add_argument("--T", type=_whole_number, metavar="N", help="horizon of named schedules")
+    p.add_argument("--peak", type=float, metavar="RATE", help="peak rate of named schedules")
+    theory_arguments(p)
+
+    p = verb(
+        "exam",
+        _theory("exam"),
+        "qualifying exam of schedules, by symbols and by numbers",
+        "cdl exam cosine:final=0.1 '1 - x**2' '1/sqrt(t)' --plot=exam.png",
+    )
+    p.add_argument(
+        "schedules",
+        nargs="*",
+        metavar="SCHEDULE",
+        help=f"{written}; or an expression in x=t/T, or t and T (default: all)",
+    )
+    p.add_argument("--plot", metavar="FILE", help="draw sqrt(T) x bound against T: .png, .pdf or .svg")
+    p.add_argument("--csv", metavar="FILE", help="write the numbers of the numeric exam")
+
+    p = verb(
+        "optimal",
+        _theory("optimal"),
+        "the schedule with the smallest bound, or the best way to go on from rates already applied",
+        "cdl optimal --T=8000 --past=constant:T=3200,peak=0.016",
+    )
+    p.add_argument("--T", type=_whole_number, required=True, metavar="N", help="horizon")
+    p.add_argument("--past", metavar="SCHEDULE", help="rates already applied: name:T=..,peak=.., or a file of rates")
+    p.add_argument("--peak", type=float, metavar="RATE", help="peak rate for which to find the best cooldown")
+    theory_arguments(p)
     return parser
 
 

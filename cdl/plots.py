@@ -1,7 +1,7 @@
-"""Figures of a sweep. Each function draws one `matplotlib.figure.Figure` and touches no global state."""
+"""Figures of sweeps and of bounds. Each function draws one `matplotlib.figure.Figure` and touches no global state."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -14,8 +14,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 if TYPE_CHECKING:  # what is drawn draws itself by these functions
     from cdl.laws.horizon import HorizonFit
     from cdl.planning import Check
+    from cdl.theory.exam import Exam
 
-__all__ = ["curves_figure", "horizon_figure", "rate_figure"]
+__all__ = ["bounds_figure", "curves_figure", "exam_figure", "horizon_figure", "rate_figure"]
 
 _GREY = "#666666"
 
@@ -122,7 +123,55 @@ def curves_figure(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> Fi
     return figure
 
 
-def _colors(values: Sequence[float], name: str = "turbo") -> dict[float, tuple[float, float, float, float]]:
+def bounds_figure(rates: Mapping[str, np.ndarray], bounds: Mapping[str, np.ndarray]) -> Figure:
+    """Rates (left) and bound after every update (right) of schedules, name -> [T] each."""
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = _colors(list(rates), "turbo")
+    dashes = ["-", "--", "-.", ":"]  # equal curves stay visible
+    for i, (name, eta_T) in enumerate(rates.items()):
+        shown = _thinned(len(eta_T))
+        style = dict(color=colors[name], ls=dashes[i % 4], lw=1.5)
+        left.plot(shown + 1, eta_T[shown], label=name, **style)
+        right.plot(shown + 1, bounds[name][shown], **style)
+    # A few first rates of inv_sqrt, and bounds after almost no updates, would flatten everything else.
+    usual = max(float(np.quantile(eta_T, 0.98)) for eta_T in rates.values())
+    highest = max(float(eta_T.max()) for eta_T in rates.values())
+    left.set(xlabel="update", ylabel="learning rate", ylim=(0, 1.05 * (highest if highest < 3 * usual else 2 * usual)))
+    ends = [float(b[-1]) for b in bounds.values() if np.isfinite(b[-1])] or [1.0]
+    right.set(xlabel="update", ylabel="bound of the loss, less $L_*$", yscale="log")
+    right.set_ylim(0.8 * min(float(b.min()) for b in bounds.values()), 20 * max(ends))
+    right.set_title("Last iterate, (2.4)", loc="left", fontsize=11)
+    left.set_title("Schedule", loc="left", fontsize=11)
+    _finish(left)
+    _finish(right, legend=False)
+    return figure
+
+
+def exam_figure(exams: "Sequence[Exam]") -> Figure:
+    """sqrt(T) times the bound at peak rate 1/sqrt(T), against T: qualified schedules (solid) level off."""
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    ax = figure.add_subplot()
+    colors = _colors([e.shape for e in exams], "turbo")
+    for e in exams:
+        scaled = np.add(e.distance, e.noise)
+        style = dict(ls="-" if e.qualified else "--", color=colors[e.shape], lw=1.5)
+        ax.plot(e.T, scaled, label=f"{e.shape}{'' if e.qualified else ' (fails)'}", **style)
+    ax.set(xscale="log", yscale="log", xlabel="T", ylabel="$\\sqrt{T}$ x (bound - $L_*$)")
+    ax.set_title("Exam: does the bound at peak $1/\\sqrt{T}$ fall like $1/\\sqrt{T}$?", loc="left", fontsize=11)
+    _finish(ax, legend=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _thinned(T: int, points: int = 4000) -> np.ndarray:
+    """Indices to draw of T values: all of few, else the first ones and evenly spaced ones, with the last."""
+    if T <= points:
+        return np.arange(T)
+    return np.unique(np.concatenate([np.geomspace(1, T, points // 4), np.linspace(1, T, points)]).astype(int)) - 1
+
+
+def _colors(values: Sequence[Any], name: str = "turbo") -> dict[Any, tuple[float, float, float, float]]:
     """A colour for each of the ordered values."""
     ramp = matplotlib.colormaps[name](np.linspace(0.08, 0.88, max(len(values), 2)))
     return {v: (c[0], c[1], c[2], c[3]) for v, c in zip(values, ramp, strict=False)}

@@ -139,7 +139,7 @@ def _step(T: int, warmup: int, final: float, *, at: Sequence[float] = (0.5, 0.75
     """Height factor^i after the i-th of the shares `at` of T."""
     _require(_is_number(factor) and 0 < factor <= 1, "factor", factor, "a number in (0, 1]")
     ok = isinstance(at, Sequence) and not isinstance(at, str) and all(_is_number(a) and 0 < a < 1 for a in at)
-    _require(bool(ok) and list(at) == sorted(set(at)), "at", at, "rising shares of T, each in (0, 1)")
+    _require(bool(ok and at) and list(at) == sorted(set(at)), "at", at, "rising shares of T, each in (0, 1)")
     k = np.arange(1, T + 1)
     drops_T = np.sum([k > round(a * T) for a in at], axis=0, initial=0)
     s_T = np.maximum(final, float(factor) ** drops_T)

@@ -13,7 +13,7 @@ ROOT = Path(cdl.__file__).parent
 # Higher may import lower. What is not listed may be imported by all.
 LAYERS = [
     {"cli"},
-    {"report"},
+    {"report", "cli_theory"},
     {"progress"},
     {"planning"},
     {"sweep"},

@@ -1,0 +1,577 @@
+"""The qualifying exam for schedules (paper, section 2.4): does the bound at eta_peak = 1/sqrt(T) fall like 1/sqrt(T)?
+
+`symbolic_exam` decides by Condition 2.5, that is by where s(x)² / A(x), A(x) = int_x^1 s, can be integrated:
+
+- s ~ (1 - x)^a at the end: yes for a > 0; at a = 0, s -> f, the noise term grows like (G²/2) f ln T.
+- s ~ c x^-b at the start: yes for b < 1/2; at b = 1/2 it grows like (G²/2) c²/A(0) ln T, above like a power of T.
+- s(t, T) ~ T^p sigma(t/T) with p != 0: no. 1/sqrt(T) is the wrong power for the peak.
+
+`numeric_exam` computes sqrt(T) x bound on T = 1000, 2000, .., 1024000 and decides by its differences per doubling of T:
+they shrink (qualified), stay (a logarithm), or grow (a power).
+"""
+
+import ast
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+import mpmath
+import numpy as np
+import sympy as _sympy
+
+from cdl.errors import UserError, unknown
+from cdl.schedules import SHAPES, schedule
+from cdl.theory.asymptotics import Expr, Limit, NoLimit, Piece, X, check, exact, limit, limit_of, positive
+from cdl.theory.bounds import bound_terms
+
+__all__ = ["Exam", "exam", "numeric_exam", "parse", "symbolic_exam"]
+
+sympy: Any = _sympy  # the types of sympy do not have the operators of its expressions
+Relational = _sympy.core.relational.Relational
+
+HORIZONS = tuple(1000 * 2**k for k in range(11))  # multiples of 1000, so that most shares of T are whole
+_LEAST_HORIZONS = 6  # that a schedule with whole numbers of updates must fit into
+_VISIBLE = 3e-5  # of a term, per doubling of T: growth below it is not told from the rounding of shares of T
+_STEADY = 1.04  # differences that change by less than this factor per doubling are a logarithm
+_DUST = 1e-14  # of the highest: heights below it are rounding errors of a zero
+_MOST_POWER = 100  # in expressions: higher ones take sympy too long
+_NO_POWER = Fraction(10**6)  # for heights that fall to 0 faster than any power
+
+_t, _T = sympy.Symbol("t", positive=True), sympy.Symbol("T", positive=True)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What the exam found.
+
+    shape: its name in print. q1, q2: of `Limit`, None where they do not exist. log, power: sqrt(T) x bound grows like
+    log ln T, or like T^power; both 0 if it levels off. q1_form, q2_form: q1² and q2² for D = G = 1 as text, where
+    they are known. T, distance, noise: evidence of the numeric exam, the two terms of sqrt(T) x bound at each T.
+    """
+
+    shape: str
+    qualified: bool
+    q1: float | None
+    q2: float | None
+    reason: str
+    method: str
+    log: float = 0.0
+    power: float = 0.0
+    q1_form: str | None = None
+    q2_form: str | None = None
+    T: tuple[int, ...] = ()
+    distance: tuple[float, ...] = ()
+    noise: tuple[float, ...] = ()
+
+    def summary(self) -> str:
+        """The verdict in a line, the constants in another.
+
+        >>> print(exam("(1 - x)**2").summary())
+        (1 - x)**2: qualified (symbolic); sqrt(T) x bound levels off at 2.25
+          q1² = 1.5 (3/2), q2² = 0.75 (3/4)
+        """
+        lines = [f"{self.shape}: {'qualified' if self.qualified else 'not qualified'} ({self.method}); {self.reason}"]
+        known = [("q1²", self.q1, self.q1_form), ("q2²", self.q2, self.q2_form)]
+        constants = [
+            f"{name} = {q**2:.6g}" + (f" ({form})" if form else "") for name, q, form in known if q is not None
+        ]
+        return "\n  ".join([*lines, ", ".join(constants)] if constants else lines)
+
+
+def exam(shape: Any, *, D: float = 1.0, G: float = 1.0, method: str | None = None, **arguments: Any) -> Exam:
+    """Examine a schedule.
+
+    Args:
+      shape: one of
+        - a name of `cdl.schedules.SHAPES`, with its `arguments`;
+        - an expression, text or sympy, in x = t/T ("1 - x"), or in t and T ("1/sqrt(t)");
+        - a callable ``T -> heights of all T updates``, or ``(t_T, T) -> heights``, where t_T is the array 1..T.
+      D, G: as for `cdl.theory.asymptotics.limit`.
+      method: "symbolic" or "numeric". None is the symbolic exam for names and expressions, and the numeric one for
+        callables and where the symbolic one finds no limit; the reason says so then.
+
+    Raises:
+      UserError: neither a name nor an expression, or heights that are negative, not finite or nowhere positive.
+
+    >>> exam("1/sqrt(t)").qualified, exam("wsd", decay=0.1, warmup=0.1).qualified
+    (False, True)
+    """
+    if method not in (None, "symbolic", "numeric"):
+        raise unknown("method of exam", method, ["symbolic", "numeric"])
+    if method == "numeric" or (method is None and not isinstance(shape, str | sympy.Basic)):
+        return numeric_exam(shape, D=D, G=G, **arguments)
+    try:
+        return symbolic_exam(shape, D=D, G=G, **arguments)
+    except NoLimit as e:
+        if method == "symbolic":
+            raise
+        found = numeric_exam(shape, D=D, G=G, **arguments)
+        return replace(found, reason=f"{found.reason} (found by numbers, not by symbols: {e})")
+
+
+# --- Symbolic ----------------------------------------------------------------------------------------------------
+
+
+def symbolic_exam(shape: str | Expr, *, D: float = 1.0, G: float = 1.0, **arguments: Any) -> Exam:
+    """The exam of a name or an expression, by its limit as T grows.
+
+    Raises:
+      UserError: as `exam`. `NoLimit`: no s ~ T^p sigma(x) was found, or sigma follows no power of x or 1 - x at an end.
+    """
+    D, G = positive("D", D), positive("G", G)
+    text, heights = _heights(shape, arguments)
+    if isinstance(shape, str) and shape in SHAPES:
+        return _of_limit(text, limit(shape, D=D, G=G, **arguments), G)
+    if not isinstance(shape, str | sympy.Basic):
+        raise UserError(f"{text} is a callable, which has no symbols; use method='numeric'")
+    heights(HORIZONS[0])  # raises on bad ones
+    p, pieces = _scaled(parse(shape) if isinstance(shape, str) else _own_symbols(shape))
+    b = -_slope(pieces[0], at_start=True)
+    for i, piece in enumerate(pieces):
+        if _slope(piece, at_start=False) < 0 or (i > 0 and _slope(piece, at_start=True) < 0):
+            raise UserError(f"{text} grows without bound inside of x = 0..1; heights must be finite")
+    if p != 0 or b > Fraction(1, 2):
+        return _of_power(text, p, b)
+    found = limit_of(pieces, D=D, G=G)
+    if b < Fraction(1, 2):
+        return _of_limit(text, found, G)
+    # s ~ c/sqrt(x) at the start: sum_t s_t² / (S_T - S_t) has c²/A(0) sum_t 1/t, and 1/A(0) = 2 q1²/D².
+    c = float(sympy.N((pieces[0].height * sympy.sqrt(X)).subs(X, sympy.Rational(1, 10**60)), 30))
+    log = found.log + (G * c * found.q1 / D) ** 2
+    reason = f"the rates start like x^-0.5: the noise term grows like {log:.3g} ln T"
+    return Exam(text, False, found.q1, None, reason, "symbolic", log=log, q1_form=found.q1_form)
+
+
+def _of_limit(text: str, found: Limit, G: float) -> Exam:
+    if found.power != 0:
+        return _of_power(text, Fraction(found.power), Fraction(1, 2))
+    if found.log != 0:
+        reason = (
+            f"the schedule ends at height {2 * found.log / G**2:.3g}: the noise term grows like {found.log:.3g} ln T"
+        )
+        return Exam(text, False, found.q1, None, reason, "symbolic", log=found.log, q1_form=found.q1_form)
+    reason = f"sqrt(T) x bound levels off at {found.q1**2 + found.q2_squared:.6g}"
+    forms = {"q1_form": found.q1_form, "q2_form": found.q2_form}
+    return Exam(text, True, found.q1, found.q2, reason, "symbolic", **forms)
+
+
+def _of_power(text: str, p: Fraction, b: Fraction) -> Exam:
+    """s ~ T^p x^-b at the start: the terms of sqrt(T) x bound grow like T/S_T and like sum s_t² / (S_T - S_t)."""
+    distance = -p + min(Fraction(0), 1 - b)
+    noise = p + max(Fraction(0), 2 * b - 1) if b < 1 else p + b
+    power = float(max(distance, noise))
+    cause = f"the rates go like T^{float(p):.3g} by themselves" if p != 0 else f"the rates start like x^{-float(b):.3g}"
+    reason = f"{cause}, and {_grows(distance >= noise, power)}{' / ln T' if b == 1 else ''}"
+    return Exam(text, False, None, None, reason, "symbolic", power=power)
+
+
+def _grows(distance: bool, power: float) -> str:
+    term, size = ("distance", "small") if distance else ("noise", "large")
+    return f"a peak of 1/sqrt(T) makes them too {size}: the {term} term of sqrt(T) x bound grows like T^{power:.3g}"
+
+
+def _scaled(e: Expr) -> tuple[Fraction, list[Piece]]:
+    """p and sigma of s ~ T^p sigma(x), without the part at the end where it is 0."""
+    if e.has(_t, _T):
+        e = sympy.simplify(e.subs(_t, X * _T))
+    e = e.rewrite(sympy.Piecewise) if e.has(sympy.Abs, sympy.Min, sympy.Max) else e
+    if e.has(_T):
+        e = e.replace(lambda r: isinstance(r, Relational), _for_long_runs)
+    pieces, p = _pieces(e), Fraction(0)
+    if e.has(_T):
+        led = [_leading(piece) for piece in pieces]
+        p = max((power for power, _ in led if power is not None), default=Fraction(0))
+        sigmas = [sigma if power == p else sympy.S.Zero for power, sigma in led]
+        pieces = [Piece(a, b, sigma) for (a, b, _), sigma in zip(pieces, sigmas, strict=True)]
+    while pieces and sympy.expand(pieces[-1].height) == 0:
+        pieces = pieces[:-1]
+    if not pieces:
+        raise NoLimit("its heights vanish as T grows")
+    return p, pieces
+
+
+def _pieces(e: Expr) -> list[Piece]:
+    """An expression cut where one of its conditions changes, each part with the branch that holds there."""
+    cuts = {sympy.S.Zero, sympy.S.One}
+    for condition in e.atoms(Relational):
+        cuts |= {root for root in _roots(condition.lhs - condition.rhs) if 0 < root < 1}
+    edges = sorted(cuts, key=lambda cut: sympy.N(cut, 50))
+
+    def part(a: Expr, b: Expr) -> Piece:
+        middle = sympy.Rational(str(sympy.N((a + b) / 2, 40)))
+
+        def branch(*branches: Any) -> Expr:
+            for value, condition in branches:
+                if condition.subs(X, middle) == sympy.true:
+                    return value
+            raise UserError(f"the Piecewise has no value at x={float(middle):g}; end it with (.., True)")
+
+        return Piece(a, b, e.replace(sympy.Piecewise, branch))
+
+    return [part(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _roots(g: Expr) -> list[Expr]:
+    """Where g changes its sign in (0, 1): exact for straight and quadratic g, else to 60 digits."""
+    if not g.has(X):
+        return []
+    if g.is_polynomial(X) and sympy.degree(g, X) <= 2:
+        return [root for root in sympy.roots(g, X) if root.is_real]
+    f = sympy.lambdify(X, g, "mpmath")
+    found = []
+    with mpmath.workdps(60):
+        grid = [mpmath.mpf(k) / 2003 for k in range(1, 2004)]
+        values = [f(x) for x in grid]
+        for x0, x1, g0, g1 in zip(grid, grid[1:], values, values[1:], strict=False):
+            if mpmath.im(g0) == mpmath.im(g1) == 0 and g0 * g1 < 0:
+                found.append(sympy.Float(mpmath.findroot(f, (x0, x1), solver="anderson", verify=False), 60))
+    return found
+
+
+def _for_long_runs(condition: Expr) -> Expr:
+    """What a condition becomes once T is large: its leading term in T decides."""
+    g = sympy.expand(condition.lhs - condition.rhs)
+    if not g.has(_T):
+        return condition
+    if not g.is_polynomial(_T):
+        raise NoLimit(f"the condition {condition} is no polynomial in T")
+    return condition.func(sympy.Poly(g, _T).LC(), 0)
+
+
+def _leading(piece: Piece) -> tuple[Fraction | None, Expr]:
+    """p and sigma of a piece with T in it; p is None where it is 0."""
+    e = piece.height
+    if sympy.expand(e) == 0:
+        return None, sympy.S.Zero
+    if any(f.has(_T) for f in e.atoms(sympy.Function)) or any(f.exp.has(_T) for f in e.atoms(sympy.Pow)):
+        raise NoLimit("T stands in a function or an exponent")
+    f = sympy.lambdify((X, _T), e, "mpmath")
+    with mpmath.workdps(300):
+        a, b = (mpmath.mpf(sympy.N(edge, 50)) for edge in (piece.start, piece.end))
+        ten = mpmath.mpf(10)
+        heights = [(f(x, ten**40), f(x, ten**80)) for x in (a + (b - a) * k / 7 for k in (2, 3, 5))]
+        if any(h == 0 for pair in heights for h in pair):
+            raise NoLimit("its heights follow no power of T")
+        powers = [float(mpmath.log(abs(high / low)) / mpmath.log(ten**40)) for low, high in heights]
+    p = Fraction(powers[0]).limit_denominator(1000)
+    sigma = sympy.limit(e / _T ** sympy.Rational(p), _T, sympy.oo)
+    if sigma.has(_T, sympy.Limit, sympy.oo, sympy.nan) or max(powers) - min(powers) > 1e-6:
+        raise NoLimit("its heights follow no power of T")
+    return p, sigma
+
+
+def _slope(piece: Piece, at_start: bool) -> Fraction:
+    """a in s ~ v^a, v the distance from the start or the end of the piece."""
+    f = sympy.lambdify(X, piece.height, "mpmath")
+    edge, sign = (piece.start, 1) if at_start else (piece.end, -1)
+    with mpmath.workdps(400):
+        edge = mpmath.mpf(sympy.N(edge, 400))
+        v = [mpmath.mpf(10) ** -n for n in (30, 40, 50)]
+        heights = [f(edge + sign * x) for x in v]
+        if any(not mpmath.isfinite(h) or mpmath.im(h) != 0 or h <= mpmath.mpf(10) ** -300 for h in heights):
+            return _NO_POWER
+        far, near = (float(mpmath.log(h1 / h0, 10)) / -10 for h0, h1 in itertools.pairwise(heights))
+    if abs(near - far) > 1e-3:
+        if min(near, far) > 3:
+            return _NO_POWER
+        raise NoLimit(f"its heights follow no power at x={float(edge):g}")
+    return Fraction(near).limit_denominator(1000)
+
+
+# --- Numeric -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """How a term goes for large T. size: its limit, the factor of ln T or the power of T; NaN for "unsteady"."""
+
+    kind: Literal["level", "log", "power", "unsteady"]
+    size: float
+
+
+def numeric_exam(shape: Any, *, D: float = 1.0, G: float = 1.0, **arguments: Any) -> Exam:
+    """The exam of anything that gives heights, by sqrt(T) x bound on T = 1000, 2000, .., 1024000.
+
+    Heights below 1e-14 of the highest are taken as 0: they are rounding errors, and a last step of that size would make
+    the noise term of a good schedule huge.
+
+    Raises:
+      UserError: as `exam`; it names T where heights are wrong.
+    """
+    D, G = positive("D", D), positive("G", G)
+    text, heights = _heights(shape, arguments)
+    horizons, terms, ends = [], [], []
+    for T in HORIZONS:
+        s_T = heights(T)
+        if s_T is not None:
+            horizons.append(T)
+            terms.append(bound_terms(s_T / math.sqrt(T), D, G))
+            ends.append(float(s_T[s_T > 0][-1]))
+    if len(horizons) < _LEAST_HORIZONS:
+        raise UserError(
+            f"{text} fits into {len(horizons)} of the runs of up to {HORIZONS[-1]} updates; shorten its parts"
+        )
+    distance = tuple(math.sqrt(T) * float(x.distance) for T, x in zip(horizons, terms, strict=True))
+    noise = tuple(math.sqrt(T) * float(x.noise) for T, x in zip(horizons, terms, strict=True))
+    end = ends[-1] if np.ptp(ends[-3:]) <= 1e-6 * ends[-1] else 0.0  # a height that stays
+    growths = _growth(distance, 0.0), _growth(noise, G**2 / 2 * end)
+
+    def verdict(qualified: bool, reason: str, q1: float | None = None, q2: float | None = None, **found: Any) -> Exam:
+        known: dict[str, Any] = {"q1": q1, "q2": q2, "T": tuple(horizons), "distance": distance, "noise": noise}
+        return Exam(text, qualified, reason=reason, method="numeric", **known, **found)
+
+    kinds, seen = [g.kind for g in growths], f"looked at up to T={horizons[-1]}"
+    q = [math.sqrt(max(g.size, 0.0)) if g.kind == "level" else None for g in growths]
+    if "unsteady" in kinds:
+        term = "distance" if kinds[0] == "unsteady" else "noise"
+        return verdict(False, f"the {term} term of sqrt(T) x bound neither levels off nor grows steadily, {seen}")
+    if "power" in kinds:
+        power, far = max((g.size, i == 0) for i, g in enumerate(growths) if g.kind == "power")
+        return verdict(False, f"{_grows(far, power).replace('them', 'the rates')}, {seen}", power=power)
+    if "log" in kinds:
+        term = "noise" if kinds[1] == "log" else "distance"
+        log = sum(g.size for g in growths if g.kind == "log")
+        ends_there = term == "noise" and abs(log - G**2 * end / 2) < 0.05 * log
+        cause = f"the schedule ends at height {end:.3g}: " if ends_there else ""
+        return verdict(False, f"{cause}the {term} term grows like {log:.3g} ln T, {seen}", q[0], log=log)
+    reason = f"sqrt(T) x bound levels off at {sum(g.size for g in growths):.6g}, {seen}"
+    if end:
+        reason += (
+            f"; that it ends at height {end:.2g} makes the noise term grow like {G**2 * end / 2:.1g} ln T far beyond"
+        )
+    return verdict(True, reason, *q)
+
+
+def _growth(terms: Sequence[float], expected: float) -> _Growth:
+    """What a term tends to, from its values at doubling T.
+
+    2 y(2T) - y(T) takes off what falls like 1/T and leaves limit, logarithm and powers; doing it twice takes off
+    ln(T)/T as well. Shares of T that are rounded to whole updates leave changes of the order 1/T with both signs.
+
+    Args:
+      expected: the factor of ln T that a height above 0 at the end calls for.
+    """
+    y = np.asarray(terms)
+    z = 2 * y[1:] - y[:-1]
+    z = 2 * z[1:] - z[:-1]
+    raw, change = np.diff(y), np.diff(z)
+    visible = _VISIBLE * abs(y[-1])
+    log = float(np.median(change[-4:])) / math.log(2)
+    if log * math.log(2) > visible and expected / 2 < log < 2 * expected:
+        return _Growth("log", float(change[-1]) / math.log(2))
+    if max(abs(change[-2:])) <= visible:
+        return _Growth("level", float(z[-1]))
+    if min(change[-3:]) < 0 < max(change[-3:]):  # rounding of shares, or no law at all
+        steady = max(abs(raw[-2:])) <= 100 * visible
+        return _Growth("level", float(np.median(z[-4:]))) if steady else _Growth("unsteady", math.nan)
+    ratio = math.sqrt(change[-1] / change[-3]) if change[-3] != 0 else math.inf
+    if ratio < 1 / _STEADY:
+        return _Growth("level", _aitken(_aitken(z))[-1])
+    if change[-1] < 0:  # bounded, for it falls and is positive
+        return _Growth("level", float(z[-1]))
+    if min(raw[-3:]) <= 0:
+        return _Growth("unsteady", math.nan)
+    if ratio <= _STEADY:
+        return _Growth("log", float(change[-1]) / math.log(2))
+    return _Growth("power", math.log2(ratio))
+
+
+def _aitken(z: np.ndarray) -> np.ndarray:
+    """Aitken's delta-squared: takes off one power of T."""
+    first, second = np.diff(z)[1:], np.diff(z, 2)
+    return z[2:] - np.divide(first**2, second, out=np.zeros_like(first), where=second != 0)
+
+
+# --- What is examined --------------------------------------------------------------------------------------------
+
+
+def _heights(shape: Any, arguments: dict[str, Any]) -> tuple[str, Callable[[int], np.ndarray | None]]:
+    """The name in print, and the heights of T updates; None if the schedule does not fit into T."""
+    if isinstance(shape, str) and shape in SHAPES:
+        return _of_name(shape, arguments)
+    text = shape if isinstance(shape, str) else getattr(shape, "__name__", str(shape))
+    if arguments:
+        raise UserError(
+            f"{text!r} takes no arguments, {sorted(arguments)} belong to schedules with a name; leave them out"
+        )
+    if isinstance(shape, str | sympy.Basic):
+        e = parse(shape) if isinstance(shape, str) else _own_symbols(shape)
+        f = sympy.lambdify((X, _t, _T), e.rewrite(sympy.Piecewise) if e.has(sympy.Abs, sympy.Min, sympy.Max) else e)
+
+        def call(T: int) -> Any:
+            t_T = np.arange(1.0, T + 1)
+            return np.broadcast_to(f(t_T / T, t_T, float(T)), (T,))
+
+    elif callable(shape):
+        places = _places(shape, text)
+
+        def call(T: int) -> Any:
+            return shape(T) if places == 1 else shape(np.arange(1.0, T + 1), T)
+
+    else:
+        raise UserError(f"{shape!r} is no schedule; give a name, an expression or a callable")
+    return text, lambda T: _checked(call, T, text)
+
+
+def _of_name(name: str, arguments: dict[str, Any]) -> tuple[str, Callable[[int], np.ndarray | None]]:
+    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    check(name, **arguments)
+    schedule(name, HORIZONS[-1], **arguments)  # raises what is wrong at all T
+
+    def heights(T: int) -> np.ndarray | None:
+        try:
+            return schedule(name, T, **arguments)
+        except UserError:  # more updates of warmup or decay than T
+            return None
+
+    return f"{name}({listed})" if listed else name, heights
+
+
+def _places(shape: Callable[..., Any], text: str) -> int:
+    """How many arguments a callable wants, 1 or 2."""
+    try:
+        parameters = inspect.signature(shape).parameters.values()
+    except ValueError as e:
+        raise UserError(f"{text} does not say what it takes; wrap it: lambda T: ..") from e
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    wanted = sum(p.default is p.empty for p in positional) or min(len(positional), 1)
+    if wanted not in (1, 2):
+        raise UserError(f"{text} takes {wanted} arguments; a schedule takes T, or the updates t_T = 1..T and T")
+    return wanted
+
+
+def _checked(call: Callable[[int], Any], T: int, text: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        s_T = call(T)
+    try:
+        s_T = np.array(s_T, float)  # a copy
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{text} gave no numbers for T={T}; give an array of T heights") from e
+    if s_T.shape == ():
+        s_T = np.full(T, s_T)
+    if s_T.shape != (T,):
+        raise UserError(f"{text} gave heights of shape {s_T.shape} for T={T}; give one for each of the {T} updates")
+    if not np.isfinite(s_T).all():
+        k = int(np.argmin(np.isfinite(s_T)))
+        raise UserError(f"{text} has height {s_T[k]} at t={k + 1} of T={T}; heights must be finite")
+    s_T[abs(s_T) < _DUST * s_T.max()] = 0.0
+    if s_T.min() < 0:
+        k = int(s_T.argmin())
+        raise UserError(f"{text} has height {s_T[k]:.4g} at t={k + 1} of T={T}; heights must be at least 0")
+    if s_T.max() == 0:
+        raise UserError(f"{text} is 0 at all t of T={T}; a schedule needs a positive height")
+    return s_T
+
+
+# --- Expressions -------------------------------------------------------------------------------------------------
+
+_NAMES = {"x": X, "t": _t, "T": _T, "pi": sympy.pi, "e": sympy.E, "E": sympy.E}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "sqrt": sympy.sqrt,
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "ln": sympy.log,
+    "sin": sympy.sin,
+    "cos": sympy.cos,
+    "tan": sympy.tan,
+    "Abs": sympy.Abs,
+    "abs": sympy.Abs,
+    "Min": sympy.Min,
+    "min": sympy.Min,
+    "Max": sympy.Max,
+    "max": sympy.Max,
+    "Piecewise": sympy.Piecewise,
+}
+_OPERATIONS: dict[type, Callable[..., Any]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b,
+    ast.BitAnd: sympy.And,
+    ast.BitOr: sympy.Or,
+    ast.And: sympy.And,
+    ast.Or: sympy.Or,
+    ast.USub: lambda a: -a,
+    ast.UAdd: lambda a: a,
+    ast.Not: sympy.Not,
+    ast.Lt: lambda a, b: a < b,
+    ast.LtE: lambda a, b: a <= b,
+    ast.Gt: lambda a, b: a > b,
+    ast.GtE: lambda a, b: a >= b,
+}
+
+
+def parse(text: str) -> Expr:
+    """An expression in x, or in t and T. Only numbers, the names and the operations below; nothing is evaluated.
+
+    Raises:
+      UserError: a name or an operation that is not known, or no expression at all.
+
+    >>> parse("Piecewise((1, x < 0.8), ((1 - x)/0.2, True))")
+    Piecewise((1, x < 4/5), (5 - 5*x, True))
+    """
+    if text.strip().isidentifier() and text.strip() not in _NAMES:
+        raise unknown("schedule", text, SHAPES)
+    try:
+        e = _built(ast.parse(text.strip(), mode="eval").body)
+    except UserError as error:
+        raise UserError(f"the expression {text!r:.200}: {error}") from None
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+        said = "it cannot be read" if isinstance(error, SyntaxError | RecursionError | MemoryError) else error
+        raise UserError(f"the expression {text!r:.200}: {said}".replace("\n", " ")) from error
+    if not isinstance(e, sympy.Expr):
+        raise UserError(f"the expression {text!r:.200} is no height; write one like '1 - x' or '1/sqrt(t)'")
+    return e
+
+
+def _built(node: ast.AST) -> Any:
+    match node:
+        case ast.Constant(value=bool(value)):
+            return sympy.true if value else sympy.false
+        case ast.Constant(value=int(value) | float(value)) if math.isfinite(value):
+            return exact(value)
+        case ast.Name(id=name) if name in _NAMES:
+            return _NAMES[name]
+        case ast.Name(id=name):
+            raise unknown("name", name, [*_NAMES, *_FUNCTIONS])
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*map(_built, arguments))
+        case ast.Call(func=ast.Name(id=name)):
+            raise unknown("function", name, _FUNCTIONS)
+        case ast.Tuple(elts=[value, condition]):
+            return _built(value), _built(condition)
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            return _power(_built(left), _built(right))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
+            return _OPERATIONS[type(op)](_built(left), _built(right))
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATIONS:
+            return _OPERATIONS[type(op)](_built(operand))
+        case ast.BoolOp(op=op, values=values):
+            return _OPERATIONS[type(op)](*map(_built, values))
+        case ast.Compare(left=left, ops=ops, comparators=rights) if all(type(op) in _OPERATIONS for op in ops):
+            sides = [_built(left), *map(_built, rights)]
+            return sympy.And(
+                *(_OPERATIONS[type(op)](*pair) for op, pair in zip(ops, itertools.pairwise(sides), strict=True))
+            )
+    raise UserError("only numbers, x, t, T, pi, e, + - * / **, comparisons and " + ", ".join(_FUNCTIONS) + " are known")
+
+
+def _power(base: Expr, power: Expr) -> Expr:
+    if power.is_number:
+        within = [abs(p.exp) for p in base.atoms(sympy.Pow) if p.exp.is_number]
+        if abs(power) * max([1, *within]) > _MOST_POWER:
+            raise UserError(f"powers may go up to {_MOST_POWER}")
+    return base**power
+
+
+def _own_symbols(e: Expr) -> Expr:
+    """A sympy expression of somebody else, in the symbols used here."""
+    names = {symbol: _NAMES.get(symbol.name) for symbol in e.free_symbols if isinstance(symbol, sympy.Symbol)}
+    other = [str(symbol) for symbol, own in names.items() if own not in (X, _t, _T)]
+    if other or not isinstance(e, sympy.Expr):
+        raise UserError(f"{e} must be an expression in x, or in t and T alone" + (f", not {other}" if other else ""))
+    return e.subs(names)
