@@ -20,7 +20,7 @@ SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear decay": ("linear", {}),
     "cosine decay": ("cosine", {}),
     "constant": ("constant", {}),
-    "WSD, 10% warmup, 10% decay": ("wsd", {"warmup": 0.1, "decay": 0.1}),
+    "WSD (10% up, 10% down)": ("wsd", {"warmup": 0.1, "decay": 0.1}),
     "inverse square root": ("inv_sqrt", {}),
     "1-cycle": ("one_cycle", {}),
     "step decay to 1%": ("step", {}),
@@ -36,7 +36,7 @@ def main() -> None:
 
     numbers = {}
     figure = Figure(figsize=(13, 5.6), layout="constrained")
-    axes = figure.subplots(2, 4, sharex=True).ravel()
+    axes = figure.subplots(2, 4, sharex=True, sharey=True).ravel()
     print(f"{'schedule':28s}{'symbolic':15s}{'numeric':15s}reason")
     for ax, (label, (name, arguments)) in zip(axes, SCHEDULES.items(), strict=True):
         symbolic = cdl.exam(name, **arguments)
@@ -47,6 +47,11 @@ def main() -> None:
         )
         ax.loglog(T, scaled[0] / np.sqrt(T), "k--", lw=1, label="like $1/\\sqrt{T}$")
         ax.set_title(f"{label}: {'qualified' if symbolic.qualified else 'fails'}", fontsize=10)
+        grows = (
+            f"noise grows like {symbolic.log:.3g} ln T" if symbolic.log else f"grows like $T^{{{symbolic.power:g}}}$"
+        )
+        note = "" if symbolic.qualified else f"$\\sqrt{{T}}$ x bound: {grows}"
+        ax.text(0.04, 0.05, note, transform=ax.transAxes, fontsize=8)
         ax.grid(alpha=0.25, lw=0.6)
         verdicts = ["qualified" if e.qualified else "not qualified" for e in (symbolic, numeric)]
         print(f"{label:28s}{verdicts[0]:15s}{verdicts[1]:15s}{symbolic.reason}")

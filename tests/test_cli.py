@@ -4,9 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
+import cdl
 from cdl.cli import main
+from cdl.schedules import SHAPES
 from cdl.sweep.store import sweep_table
 
 from .conftest import TINY
@@ -52,6 +56,30 @@ TRAIN = ["train", f"--config={TINY}", "--out=OUT"]
         (["report", "/no/such/folder"], "/no/such/folder holds no finished run"),
         (["plan", "OUT"], "holds no finished run"),
         (["plan", "OUT", "--T=1.5"], "invalid _whole_number value: '1.5'"),
+        (["bound", "cosine"], "'cosine' has no horizon; give T"),
+        (["bound", "cosin", "--T=10"], "no schedule or file 'cosin'; did you mean 'cosine'"),
+        (["bound", "OUT.csv"], "does not exist; give a schedule"),
+        (["bound", "SHORT"], "holds no numbers"),
+        (["bound", "wsd:decay", "--T=10"], "'wsd:decay' must look like wsd:decay=0.2,form=sqrt"),
+        (["bound", "wsd:decai=0.1", "--T=10"], "no argument of schedule 'wsd' 'decai'; did you mean 'decay'"),
+        (["bound", "wsd:decay=__import__('os')", "--T=10"], "must look like wsd:decay=0.2"),
+        (["bound", "cosine", "--T=1e20"], "at most 10^8"),
+        (["bound", "cosine", "--T=-5"], "T=-5 must be a whole number, at least 1"),
+        (["bound", "cosine", "--T=10", "--D=-1"], "D=-1 must be a finite number, at least 0"),
+        (["bound", "cosine", "--T=10", "--G=OUT.npy"], "does not exist"),
+        (["bound", "cosine", "--T=10", "--G=0"], "G=0 makes every larger rate better"),
+        (["bound", "linear", "--T=1"], "no positive rate"),
+        (["bound", "cosine", "--T=10", "--peak=0"], "peak=0.0 must be a positive number"),
+        (["bound", "cosine", "--T=10", "--plot=OUT.bmp"], "must end in .png, .pdf or .svg"),
+        (["bound", "cosine", "--T=10", "--plot=OUT/a.png"], "there is no folder"),
+        (["bound", "SHORT", "--csv=SHORT"], "would overwrite what is read"),
+        (["exam", "cosin"], "cosin"),
+        (["exam", "x - 2"], "x - 2"),
+        (["exam", "__import__('os').system('touch OUT')"], "__import__"),
+        (["optimal"], "the following arguments are required: --T"),
+        (["optimal", "--T=0"], "T=0 must be a whole number, at least 1"),
+        (["optimal", "--T=10", "--past=constant:T=10"], "T=10 must be larger than the 10 updates"),
+        (["optimal", "--T=10", "--past=constant:T=5", "--peak=1"], "--peak=1 and --past do not go together"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
@@ -71,6 +99,51 @@ def test_bad_input_is_one_line_and_code_2(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert not (tmp_path / "out").exists()  # nothing is begun before everything is checked
+
+
+def test_bounds_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = tmp_path / "rates.csv"
+    rates.write_text("step,lr\n" + "".join(f"{k},{0.1 / k}\n" for k in range(1, 51)))
+    norms = tmp_path / "norms.npy"
+    np.save(norms, np.linspace(1, 2, 50))
+    figure, table = tmp_path / "a.png", tmp_path / "a.csv"
+    schedules = ["wsd:decay=0.2,form=sqrt", "linear:peak=0.3", str(rates)]
+    assert main(["bound", *schedules, "--T=50", f"--G={norms}", f"--plot={figure}", f"--csv={table}"]) == 0
+    said = capsys.readouterr().out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    written = pd.read_csv(table)
+    assert list(written.columns) == ["schedule", "step", "eta", "bound", "average_bound"]
+    for name in schedules:
+        eta_T = written[written["schedule"] == name]["eta"].to_numpy()
+        curve = cdl.bound_curve(eta_T, G=np.linspace(1, 2, 50))
+        np.testing.assert_allclose(written[written["schedule"] == name]["bound"], curve, rtol=1e-12)
+        assert f"{curve[-1]:.6g}" in said
+    wsd, linear, own = (written[written["schedule"] == name]["eta"].max() for name in schedules)
+    assert wsd == pytest.approx(cdl.best_peak(cdl.schedule("wsd", 50, decay=0.2, form="sqrt"), G=np.linspace(1, 2, 50)))
+    assert (linear, own) == (0.3 * 49 / 50, 0.1)
+
+
+def test_exam_of_all_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure, table = tmp_path / "a.svg", tmp_path / "a.csv"
+    assert main(["exam", f"--plot={figure}", f"--csv={table}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = {line.split()[0]: line.split()[1:] for line in lines[1 : 1 + len(SHAPES)]}
+    for name in SHAPES:
+        says = ["not", "qualified"] * 2 if name in ("constant", "inv_sqrt", "step") else ["qualified"] * 2
+        assert verdicts[name][: len(says)] == says
+    assert set(pd.read_csv(table)["schedule"]) == set(SHAPES)
+    assert "<svg" in figure.read_text()
+
+
+def test_optimal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "a.csv"
+    assert main(["optimal", "--T=60", "--past=constant:T=20,peak=0.1", f"--csv={table}"]) == 0
+    assert "free optimum" in capsys.readouterr().out
+    ends = pd.read_csv(table).groupby("schedule", sort=False)["bound"].last()
+    assert list(ends.index) == ["best", *(name for name in ends.index if name != "best")]
+    assert ends["best"] == ends.min()
+    assert main(["optimal", "--T=60", "--peak=0.05"]) == 0
+    assert "best cooldown" in capsys.readouterr().out
 
 
 def test_a_folder_of_another_sweep_is_refused_and_kept(tiny_sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,7 @@ def test_rates_are_in_range_and_climb_first(
         (dict(name="wsd", T=10, form="linaer"), "did you mean 'linear'"),
         (dict(name="wsd", T=10, form="exponential"), "final=0.0"),
         (dict(name="step", T=10, at=(0.7, 0.2)), "at=(0.7, 0.2)"),
+        (dict(name="step", T=10, at=()), "at=()"),
         (dict(name="step", T=10, factor=0), "factor=0"),
         (dict(name="cyclic", T=10, cycles=0), "cycles=0"),
         (dict(name="cyclic", T=9, cycles=5), "cycles=5"),

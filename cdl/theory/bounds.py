@@ -279,19 +279,18 @@ def _last_curve(eta_T: Array, D: Array, G: Array) -> tuple[Array, Array, Array]:
     eta_T, peak = _scaled(eta_T)
     one = _curve_of_one
     if eta_T.ndim == 2:
-        one = jax.vmap(one)
-    S_T, past_T, own_T = one(eta_T, jnp.broadcast_to(G, eta_T.shape))
+        one = jax.vmap(one, in_axes=(0, 0 if G.ndim == 2 else None))
+    S_T, past_T, own_T = one(eta_T, G)
     return D[..., None] ** 2 / (2 * peak * S_T), peak * past_T / 2, peak * own_T / 2
 
 
-def _curve_of_one(eta_T: Array, G_T: Array) -> tuple[Array, Array, Array]:
+def _curve_of_one(eta_T: Array, G: Array) -> tuple[Array, Array, Array]:
     """(S_tau, noise of earlier updates, own noise) after the last positive rate up to each step; 0 before the first."""
-    place_T, (eta_P, G_P) = _packed(eta_T, G_T)
-    past_P = cauchy.causal_sum(eta_P, eta_P**2 * G_P**2)
+    place_T, (eta_P, *G_P) = _packed(eta_T, G) if G.ndim else _packed(eta_T)
+    G2 = G_P[0] ** 2 if G_P else G**2
+    past_P = cauchy.causal_sum(eta_P, eta_P**2 * G2)
     at_T = jnp.maximum(place_T, 0)
-    S_T, past_T, own_T = (
-        jnp.where(place_T >= 0, x_P[at_T], 0.0) for x_P in (lax.cumsum(eta_P), past_P, eta_P * G_P**2)
-    )
+    S_T, past_T, own_T = (jnp.where(place_T >= 0, x_P[at_T], 0.0) for x_P in (lax.cumsum(eta_P), past_P, eta_P * G2))
     return S_T, past_T, own_T
 
 

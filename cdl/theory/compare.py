@@ -59,12 +59,14 @@ def arguments_of(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     try:
         call = ast.parse(f"f({rest})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError
-        values = [k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value) for k in call.keywords]
+        given = call.keywords if isinstance(call, ast.Call) and not call.args else []
+        keys = [str(k.arg) for k in given if k.arg is not None]
+        if len(set(keys)) != len(given) or bool(rest.strip()) != bool(given):
+            raise ValueError(text)
+        values = [k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value) for k in given]
     except (SyntaxError, ValueError) as e:
         raise UserError(f"{text!r} must look like wsd:decay=0.2,form=sqrt") from e
-    return name, dict(zip([str(k.arg) for k in call.keywords], values, strict=True))
+    return name, dict(zip(keys, values, strict=True))
 
 
 def read_rates(text: str, T: int | None = None, **defaults: Any) -> np.ndarray:
@@ -108,5 +110,5 @@ def read_numbers(path: str) -> np.ndarray:
             raise
         raise UserError(f"{path} holds no numbers: {str(e).splitlines()[0]}; give one on each line, or .npy") from e
     if numbers.ndim != 1 or len(numbers) == 0 or numbers.dtype.kind not in "fiu":
-        raise UserError(f"{path} has shape {numbers.shape}; give at least one number, in one row")
+        raise UserError(f"{path} holds no numbers in one row (shape {numbers.shape}); give one on each line, or .npy")
     return np.asarray(numbers, np.float64)

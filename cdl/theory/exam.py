@@ -10,38 +10,32 @@
 they shrink (qualified), stay (a logarithm), or grow (a power).
 """
 
-import ast
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-import mpmath
 import numpy as np
 import sympy as _sympy
 
 from cdl.errors import UserError, unknown
 from cdl.schedules import SHAPES, schedule
-from cdl.theory.asymptotics import Expr, Limit, NoLimit, Piece, X, check, exact, limit, limit_of, positive
+from cdl.theory.asymptotics import Limit, limit, limit_of, positive
 from cdl.theory.bounds import bound_terms
+from cdl.theory.expression import T_SYMBOL, own_symbols, parse, scaled, slope, t_symbol
+from cdl.theory.pieces import Expr, NoLimit, X, check
 
-__all__ = ["Exam", "exam", "numeric_exam", "parse", "symbolic_exam"]
+__all__ = ["Exam", "exam", "numeric_exam", "symbolic_exam"]
 
 sympy: Any = _sympy  # the types of sympy do not have the operators of its expressions
-Relational = _sympy.core.relational.Relational
 
 HORIZONS = tuple(1000 * 2**k for k in range(11))  # multiples of 1000, so that most shares of T are whole
 _LEAST_HORIZONS = 6  # that a schedule with whole numbers of updates must fit into
 _VISIBLE = 3e-5  # of a term, per doubling of T: growth below it is not told from the rounding of shares of T
 _STEADY = 1.04  # differences that change by less than this factor per doubling are a logarithm
 _DUST = 1e-14  # of the highest: heights below it are rounding errors of a zero
-_MOST_POWER = 100  # in expressions: higher ones take sympy too long
-_NO_POWER = Fraction(10**6)  # for heights that fall to 0 faster than any power
-
-_t, _T = sympy.Symbol("t", positive=True), sympy.Symbol("T", positive=True)
 
 
 @dataclass(frozen=True)
@@ -129,10 +123,10 @@ def symbolic_exam(shape: str | Expr, *, D: float = 1.0, G: float = 1.0, **argume
     if not isinstance(shape, str | sympy.Basic):
         raise UserError(f"{text} is a callable, which has no symbols; use method='numeric'")
     heights(HORIZONS[0])  # raises on bad ones
-    p, pieces = _scaled(parse(shape) if isinstance(shape, str) else _own_symbols(shape))
-    b = -_slope(pieces[0], at_start=True)
+    p, pieces = scaled(parse(shape) if isinstance(shape, str) else own_symbols(shape))
+    b = -slope(pieces[0], at_start=True)
     for i, piece in enumerate(pieces):
-        if _slope(piece, at_start=False) < 0 or (i > 0 and _slope(piece, at_start=True) < 0):
+        if slope(piece, at_start=False) < 0 or (i > 0 and slope(piece, at_start=True) < 0):
             raise UserError(f"{text} grows without bound inside of x = 0..1; heights must be finite")
     if p != 0 or b > Fraction(1, 2):
         return _of_power(text, p, b)
@@ -172,114 +166,6 @@ def _of_power(text: str, p: Fraction, b: Fraction) -> Exam:
 def _grows(distance: bool, power: float) -> str:
     term, size = ("distance", "small") if distance else ("noise", "large")
     return f"a peak of 1/sqrt(T) makes them too {size}: the {term} term of sqrt(T) x bound grows like T^{power:.3g}"
-
-
-def _scaled(e: Expr) -> tuple[Fraction, list[Piece]]:
-    """p and sigma of s ~ T^p sigma(x), without the part at the end where it is 0."""
-    if e.has(_t, _T):
-        e = sympy.simplify(e.subs(_t, X * _T))
-    e = e.rewrite(sympy.Piecewise) if e.has(sympy.Abs, sympy.Min, sympy.Max) else e
-    if e.has(_T):
-        e = e.replace(lambda r: isinstance(r, Relational), _for_long_runs)
-    pieces, p = _pieces(e), Fraction(0)
-    if e.has(_T):
-        led = [_leading(piece) for piece in pieces]
-        p = max((power for power, _ in led if power is not None), default=Fraction(0))
-        sigmas = [sigma if power == p else sympy.S.Zero for power, sigma in led]
-        pieces = [Piece(a, b, sigma) for (a, b, _), sigma in zip(pieces, sigmas, strict=True)]
-    while pieces and sympy.expand(pieces[-1].height) == 0:
-        pieces = pieces[:-1]
-    if not pieces:
-        raise NoLimit("its heights vanish as T grows")
-    return p, pieces
-
-
-def _pieces(e: Expr) -> list[Piece]:
-    """An expression cut where one of its conditions changes, each part with the branch that holds there."""
-    cuts = {sympy.S.Zero, sympy.S.One}
-    for condition in e.atoms(Relational):
-        cuts |= {root for root in _roots(condition.lhs - condition.rhs) if 0 < root < 1}
-    edges = sorted(cuts, key=lambda cut: sympy.N(cut, 50))
-
-    def part(a: Expr, b: Expr) -> Piece:
-        middle = sympy.Rational(str(sympy.N((a + b) / 2, 40)))
-
-        def branch(*branches: Any) -> Expr:
-            for value, condition in branches:
-                if condition.subs(X, middle) == sympy.true:
-                    return value
-            raise UserError(f"the Piecewise has no value at x={float(middle):g}; end it with (.., True)")
-
-        return Piece(a, b, e.replace(sympy.Piecewise, branch))
-
-    return [part(a, b) for a, b in itertools.pairwise(edges)]
-
-
-def _roots(g: Expr) -> list[Expr]:
-    """Where g changes its sign in (0, 1): exact for straight and quadratic g, else to 60 digits."""
-    if not g.has(X):
-        return []
-    if g.is_polynomial(X) and sympy.degree(g, X) <= 2:
-        return [root for root in sympy.roots(g, X) if root.is_real]
-    f = sympy.lambdify(X, g, "mpmath")
-    found = []
-    with mpmath.workdps(60):
-        grid = [mpmath.mpf(k) / 2003 for k in range(1, 2004)]
-        values = [f(x) for x in grid]
-        for x0, x1, g0, g1 in zip(grid, grid[1:], values, values[1:], strict=False):
-            if mpmath.im(g0) == mpmath.im(g1) == 0 and g0 * g1 < 0:
-                found.append(sympy.Float(mpmath.findroot(f, (x0, x1), solver="anderson", verify=False), 60))
-    return found
-
-
-def _for_long_runs(condition: Expr) -> Expr:
-    """What a condition becomes once T is large: its leading term in T decides."""
-    g = sympy.expand(condition.lhs - condition.rhs)
-    if not g.has(_T):
-        return condition
-    if not g.is_polynomial(_T):
-        raise NoLimit(f"the condition {condition} is no polynomial in T")
-    return condition.func(sympy.Poly(g, _T).LC(), 0)
-
-
-def _leading(piece: Piece) -> tuple[Fraction | None, Expr]:
-    """p and sigma of a piece with T in it; p is None where it is 0."""
-    e = piece.height
-    if sympy.expand(e) == 0:
-        return None, sympy.S.Zero
-    if any(f.has(_T) for f in e.atoms(sympy.Function)) or any(f.exp.has(_T) for f in e.atoms(sympy.Pow)):
-        raise NoLimit("T stands in a function or an exponent")
-    f = sympy.lambdify((X, _T), e, "mpmath")
-    with mpmath.workdps(300):
-        a, b = (mpmath.mpf(sympy.N(edge, 50)) for edge in (piece.start, piece.end))
-        ten = mpmath.mpf(10)
-        heights = [(f(x, ten**40), f(x, ten**80)) for x in (a + (b - a) * k / 7 for k in (2, 3, 5))]
-        if any(h == 0 for pair in heights for h in pair):
-            raise NoLimit("its heights follow no power of T")
-        powers = [float(mpmath.log(abs(high / low)) / mpmath.log(ten**40)) for low, high in heights]
-    p = Fraction(powers[0]).limit_denominator(1000)
-    sigma = sympy.limit(e / _T ** sympy.Rational(p), _T, sympy.oo)
-    if sigma.has(_T, sympy.Limit, sympy.oo, sympy.nan) or max(powers) - min(powers) > 1e-6:
-        raise NoLimit("its heights follow no power of T")
-    return p, sigma
-
-
-def _slope(piece: Piece, at_start: bool) -> Fraction:
-    """a in s ~ v^a, v the distance from the start or the end of the piece."""
-    f = sympy.lambdify(X, piece.height, "mpmath")
-    edge, sign = (piece.start, 1) if at_start else (piece.end, -1)
-    with mpmath.workdps(400):
-        edge = mpmath.mpf(sympy.N(edge, 400))
-        v = [mpmath.mpf(10) ** -n for n in (30, 40, 50)]
-        heights = [f(edge + sign * x) for x in v]
-        if any(not mpmath.isfinite(h) or mpmath.im(h) != 0 or h <= mpmath.mpf(10) ** -300 for h in heights):
-            return _NO_POWER
-        far, near = (float(mpmath.log(h1 / h0, 10)) / -10 for h0, h1 in itertools.pairwise(heights))
-    if abs(near - far) > 1e-3:
-        if min(near, far) > 3:
-            return _NO_POWER
-        raise NoLimit(f"its heights follow no power at x={float(edge):g}")
-    return Fraction(near).limit_denominator(1000)
 
 
 # --- Numeric -----------------------------------------------------------------------------------------------------
@@ -399,8 +285,10 @@ def _heights(shape: Any, arguments: dict[str, Any]) -> tuple[str, Callable[[int]
             f"{text!r} takes no arguments, {sorted(arguments)} belong to schedules with a name; leave them out"
         )
     if isinstance(shape, str | sympy.Basic):
-        e = parse(shape) if isinstance(shape, str) else _own_symbols(shape)
-        f = sympy.lambdify((X, _t, _T), e.rewrite(sympy.Piecewise) if e.has(sympy.Abs, sympy.Min, sympy.Max) else e)
+        e = parse(shape) if isinstance(shape, str) else own_symbols(shape)
+        f = sympy.lambdify(
+            (X, t_symbol, T_SYMBOL), e.rewrite(sympy.Piecewise) if e.has(sympy.Abs, sympy.Min, sympy.Max) else e
+        )
 
         def call(T: int) -> Any:
             t_T = np.arange(1.0, T + 1)
@@ -465,113 +353,3 @@ def _checked(call: Callable[[int], Any], T: int, text: str) -> np.ndarray:
     if s_T.max() == 0:
         raise UserError(f"{text} is 0 at all t of T={T}; a schedule needs a positive height")
     return s_T
-
-
-# --- Expressions -------------------------------------------------------------------------------------------------
-
-_NAMES = {"x": X, "t": _t, "T": _T, "pi": sympy.pi, "e": sympy.E, "E": sympy.E}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "sqrt": sympy.sqrt,
-    "exp": sympy.exp,
-    "log": sympy.log,
-    "ln": sympy.log,
-    "sin": sympy.sin,
-    "cos": sympy.cos,
-    "tan": sympy.tan,
-    "Abs": sympy.Abs,
-    "abs": sympy.Abs,
-    "Min": sympy.Min,
-    "min": sympy.Min,
-    "Max": sympy.Max,
-    "max": sympy.Max,
-    "Piecewise": sympy.Piecewise,
-}
-_OPERATIONS: dict[type, Callable[..., Any]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b,
-    ast.BitAnd: sympy.And,
-    ast.BitOr: sympy.Or,
-    ast.And: sympy.And,
-    ast.Or: sympy.Or,
-    ast.USub: lambda a: -a,
-    ast.UAdd: lambda a: a,
-    ast.Not: sympy.Not,
-    ast.Lt: lambda a, b: a < b,
-    ast.LtE: lambda a, b: a <= b,
-    ast.Gt: lambda a, b: a > b,
-    ast.GtE: lambda a, b: a >= b,
-}
-
-
-def parse(text: str) -> Expr:
-    """An expression in x, or in t and T. Only numbers, the names and the operations below; nothing is evaluated.
-
-    Raises:
-      UserError: a name or an operation that is not known, or no expression at all.
-
-    >>> parse("Piecewise((1, x < 0.8), ((1 - x)/0.2, True))")
-    Piecewise((1, x < 4/5), (5 - 5*x, True))
-    """
-    if text.strip().isidentifier() and text.strip() not in _NAMES:
-        raise unknown("schedule", text, SHAPES)
-    try:
-        e = _built(ast.parse(text.strip(), mode="eval").body)
-    except UserError as error:
-        raise UserError(f"the expression {text!r:.200}: {error}") from None
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-        said = "it cannot be read" if isinstance(error, SyntaxError | RecursionError | MemoryError) else error
-        raise UserError(f"the expression {text!r:.200}: {said}".replace("\n", " ")) from error
-    if not isinstance(e, sympy.Expr):
-        raise UserError(f"the expression {text!r:.200} is no height; write one like '1 - x' or '1/sqrt(t)'")
-    return e
-
-
-def _built(node: ast.AST) -> Any:
-    match node:
-        case ast.Constant(value=bool(value)):
-            return sympy.true if value else sympy.false
-        case ast.Constant(value=int(value) | float(value)) if math.isfinite(value):
-            return exact(value)
-        case ast.Name(id=name) if name in _NAMES:
-            return _NAMES[name]
-        case ast.Name(id=name):
-            raise unknown("name", name, [*_NAMES, *_FUNCTIONS])
-        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*map(_built, arguments))
-        case ast.Call(func=ast.Name(id=name)):
-            raise unknown("function", name, _FUNCTIONS)
-        case ast.Tuple(elts=[value, condition]):
-            return _built(value), _built(condition)
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            return _power(_built(left), _built(right))
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
-            return _OPERATIONS[type(op)](_built(left), _built(right))
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATIONS:
-            return _OPERATIONS[type(op)](_built(operand))
-        case ast.BoolOp(op=op, values=values):
-            return _OPERATIONS[type(op)](*map(_built, values))
-        case ast.Compare(left=left, ops=ops, comparators=rights) if all(type(op) in _OPERATIONS for op in ops):
-            sides = [_built(left), *map(_built, rights)]
-            return sympy.And(
-                *(_OPERATIONS[type(op)](*pair) for op, pair in zip(ops, itertools.pairwise(sides), strict=True))
-            )
-    raise UserError("only numbers, x, t, T, pi, e, + - * / **, comparisons and " + ", ".join(_FUNCTIONS) + " are known")
-
-
-def _power(base: Expr, power: Expr) -> Expr:
-    if power.is_number:
-        within = [abs(p.exp) for p in base.atoms(sympy.Pow) if p.exp.is_number]
-        if abs(power) * max([1, *within]) > _MOST_POWER:
-            raise UserError(f"powers may go up to {_MOST_POWER}")
-    return base**power
-
-
-def _own_symbols(e: Expr) -> Expr:
-    """A sympy expression of somebody else, in the symbols used here."""
-    names = {symbol: _NAMES.get(symbol.name) for symbol in e.free_symbols if isinstance(symbol, sympy.Symbol)}
-    other = [str(symbol) for symbol, own in names.items() if own not in (X, _t, _T)]
-    if other or not isinstance(e, sympy.Expr):
-        raise UserError(f"{e} must be an expression in x, or in t and T alone" + (f", not {other}" if other else ""))
-    return e.subs(names)

@@ -14,8 +14,9 @@ from scipy import optimize
 from cdl.errors import UserError
 from cdl.schedules import SHAPES, schedule
 from cdl.theory import asymptotics
-from cdl.theory.asymptotics import NoLimit, limit
+from cdl.theory.asymptotics import limit
 from cdl.theory.bounds import bound, bound_terms
+from cdl.theory.pieces import NoLimit
 
 GAMMA = float(np.euler_gamma)
 

@@ -12,8 +12,9 @@ from scipy import integrate
 
 from cdl.errors import UserError
 from cdl.schedules import schedule
-from cdl.theory.asymptotics import NoLimit
-from cdl.theory.exam import HORIZONS, exam, numeric_exam, parse
+from cdl.theory.exam import HORIZONS, exam, numeric_exam
+from cdl.theory.expression import parse
+from cdl.theory.pieces import NoLimit
 
 QUALIFIED: list[tuple[str, dict[str, Any]]] = [
     ("linear", {}),
