@@ -53,7 +53,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Cooldown:
-    """The best cooldown of a warmup-stable-decay schedule: its length, the peak rate, and the bound, without L*."""
+    """The best cooldown of a warmup-stable-decay schedule: its length, the rate before it, and the bound, without L*."""
 
     steps: int
     share: float
@@ -119,7 +119,7 @@ def best_cooldown(
     rates(1)  # checks the arguments
     longest = T - (round(warmup * T) if isinstance(warmup, float) else warmup)
     steps = _least_whole(cost, 1, longest)
-    rate = best_peak(rates(steps), D, G) if peak is None else float(peak)
+    rate = float(bound_terms(rates(steps), D, G).best_scale) if peak is None else float(peak)
     return Cooldown(steps, steps / T, rate, cost(steps))
 
 

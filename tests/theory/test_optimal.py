@@ -69,8 +69,9 @@ def test_best_peak_is_the_minimum(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [dict(), dict(peak=0.03), dict(warmup=0.1, form="sqrt"), dict(warmup=7, peak=0.1)])
-def test_best_cooldown_against_every_length(options: dict[str, Any]) -> None:
-    T, G_T = 90, np.linspace(0.5, 2, 90)
+@pytest.mark.parametrize("norms", [(0.5, 2), (2, 0.5)])
+def test_best_cooldown_against_every_length(norms: tuple[float, float], options: dict[str, Any]) -> None:
+    T, G_T = 90, np.linspace(*norms, 90)
     cooldown = best_cooldown(T, 1.0, G_T, **options)
     shape = dict(warmup=options.get("warmup", 0), form=options.get("form", "linear"))
     warmup = {0: 0, 0.1: 9, 7: 7}[shape["warmup"]]
