@@ -53,7 +53,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Cooldown:
-    """The best cooldown of a warmup-stable-decay schedule: its length, the rate before it, and the bound, without L*."""
+    """The best cooldown of a warmup-stable-decay schedule: its length, the rate before it, and the bound less L*."""
 
     steps: int
     share: float
