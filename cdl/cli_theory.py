@@ -25,7 +25,7 @@ __all__ = ["bound", "exam", "optimal"]
 def bound(arguments: argparse.Namespace) -> None:
     """Compare schedules, each at its best peak where neither it nor --peak says another."""
     _check_outputs(arguments, arguments.schedules)
-    D, G = arguments.D, _norms(arguments.G)
+    D, G = arguments.D, _gradient_norms(arguments.G)
     rates = {}
     for text in dict.fromkeys(arguments.schedules):
         name, options = _named(text)
@@ -50,7 +50,9 @@ def exam(arguments: argparse.Namespace) -> None:
         seen.append(dataclasses.replace(numeric, shape=text))
         symbolic = _verdict(found) if found.method == "symbolic" else "-"
         q1, q2 = (f"{q**2:.6g}" if q is not None else "-" for q in (found.q1, found.q2))
-        rows.append([text, symbolic, _verdict(numeric), q1, q2, found.reason])
+        agree = found.qualified == numeric.qualified
+        reason = found.reason if agree else f"{found.reason}; by numbers: {numeric.reason}"
+        rows.append([text, symbolic, _verdict(numeric), q1, q2, reason])
     print(_text(pd.DataFrame(rows, columns=["schedule", "symbolic", "numeric", "q1²", "q2²", "reason"])))
     if arguments.plot:
         _save_figure(exam_figure(seen), arguments.plot)
@@ -65,16 +67,17 @@ def exam(arguments: argparse.Namespace) -> None:
 def optimal(arguments: argparse.Namespace) -> None:
     """The best schedule beside common ones; with --past, the ways to go on."""
     _check_outputs(arguments, [arguments.past])
-    T, D, G = arguments.T, arguments.D, _norms(arguments.G)
+    T, D, G = arguments.T, arguments.D, _gradient_norms(arguments.G)
     if arguments.past is None:
         best = best_schedule(T, D, G)
         cooldown = best_cooldown(T, D, G, peak=arguments.peak)
-        wsd = f"wsd:decay={cooldown.share:.3g}"
+        wsd = f"wsd:decay={cooldown.steps}"
         rates = {"best": best.eta_T, wsd: schedule("wsd", T, peak=cooldown.peak, decay=cooldown.steps)}
         for name in ("linear", "cosine", "constant"):
             eta_T = schedule(name, T, peak=1.0 if arguments.peak is None else arguments.peak)
-            rates[name] = eta_T if arguments.peak is not None else _at_best_peak(eta_T, D, G)
-        notes = {"best": "the optimum of all schedules", wsd: f"the best cooldown, {cooldown.steps} updates"}
+            if eta_T.any():  # at T = 1 some are 0
+                rates[name] = eta_T if arguments.peak is not None else _at_best_peak(eta_T, D, G)
+        notes = {"best": "the optimum of all schedules", wsd: f"the best cooldown, {cooldown.share:.1%} of T"}
         floor, of_what = best.bound, "the best schedule"
     elif arguments.peak is None:
         found = best_continuation(read_rates(arguments.past), T, D, G)
@@ -102,8 +105,7 @@ def _verdict(e: Exam) -> str:
     return "qualified" if e.qualified else "not qualified"
 
 
-def _norms(text: str) -> float | np.ndarray:
-
+def _gradient_norms(text: str) -> float | np.ndarray:
     try:
         return float(text)
     except ValueError:
@@ -114,12 +116,20 @@ def _check_outputs(arguments: argparse.Namespace, inputs: Sequence[str | None] =
     """Before anything is computed: can the files be written, and are none of them read?"""
     if arguments.plot and Path(arguments.plot).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot={arguments.plot} must end in .png, .pdf or .svg")
+    read = [*inputs, getattr(arguments, "G", None)]
+    taken = {Path(name).resolve() for name in read if name and Path(name).is_file()}
     for option in ("plot", "csv"):
         name = getattr(arguments, option)
-        if name and not Path(name).absolute().parent.is_dir():
+        if name is None:
+            continue
+        path = Path(name).resolve()
+        if not path.parent.is_dir():
             raise UserError(f"--{option}={name}: there is no folder {Path(name).parent}; make it first")
-        if name and name in (*inputs, getattr(arguments, "G", None)):
-            raise UserError(f"--{option}={name} would overwrite what is read; choose another name")
+        if path.is_dir():
+            raise UserError(f"--{option}={name} is a folder; give the name of a file")
+        if path in taken:
+            raise UserError(f"--{option}={name} would overwrite another file of this command; choose another name")
+        taken.add(path)
 
 
 def _save_figure(figure: Figure, path: str) -> None:

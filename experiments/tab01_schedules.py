@@ -62,9 +62,11 @@ def rows(T: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--T", type=int, default=10**6, help="horizon (default: 1000000)")
+    parser.add_argument("--T", type=lambda text: int(float(text)), default=10**6, help="horizon (default: 1000000)")
     parser.add_argument("--out", default="runs/paper", metavar="DIR", help="folder for table and numbers")
     arguments = parser.parse_args()
+    if arguments.T < 2:
+        parser.error(f"--T={arguments.T} must be at least 2")
     T, out = arguments.T, Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
 

@@ -12,6 +12,7 @@ import cdl
 from cdl.cli import main
 from cdl.schedules import SHAPES
 from cdl.sweep.store import sweep_table
+from cdl.theory.optimal import best_schedule
 
 from .conftest import TINY
 
@@ -72,7 +73,12 @@ TRAIN = ["train", f"--config={TINY}", "--out=OUT"]
         (["bound", "cosine", "--T=10", "--peak=0"], "peak=0.0 must be a positive number"),
         (["bound", "cosine", "--T=10", "--plot=OUT.bmp"], "must end in .png, .pdf or .svg"),
         (["bound", "cosine", "--T=10", "--plot=OUT/a.png"], "there is no folder"),
-        (["bound", "SHORT", "--csv=SHORT"], "would overwrite what is read"),
+        (["bound", "SHORT", "--csv=SHORT"], "would overwrite another file of this command"),
+        (["bound", "SHORT", "--plot=FOLDER/../short.txt.png", "--csv=SHORT.png"], "would overwrite another file"),
+        (["bound", "cosine", "--T=10", "--csv=FOLDER"], "is a folder; give the name of a file"),
+        (["bound", "cosine", "--T=10", "--D=0"], "D=0 starts at a minimiser"),
+        (["bound", "cosine", "--T=10", "--G=1e200"], "G must lie between 1e-100 and 1e+100"),
+        (["optimal", "--T=10", "--past=constant:T=5", "--D=0"], "D=0 starts at a minimiser"),
         (["exam", "cosin"], "cosin"),
         (["exam", "x - 2"], "x - 2"),
         (["exam", "__import__('os').system('touch OUT')"], "__import__"),
@@ -86,7 +92,8 @@ def test_bad_input_is_one_line_and_code_2(
     command: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "short.txt").write_text("a text of thirty-five characters ..")
-    places = {"OUT": str(tmp_path / "out"), "SHORT": str(tmp_path / "short.txt")}
+    (tmp_path / "folder").mkdir()
+    places = {"OUT": str(tmp_path / "out"), "SHORT": str(tmp_path / "short.txt"), "FOLDER": str(tmp_path / "folder")}
     for name, path in places.items():
         command = [word.replace(name, path) for word in command]
     try:
@@ -142,8 +149,17 @@ def test_optimal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends = pd.read_csv(table).groupby("schedule", sort=False)["bound"].last()
     assert list(ends.index) == ["best", *(name for name in ends.index if name != "best")]
     assert ends["best"] == ends.min()
+    best = best_schedule(60)
+    assert main(["optimal", "--T=60"]) == 0
+    said = capsys.readouterr().out
+    linear = next(line.split() for line in said.splitlines() if line.startswith("linear"))
+    assert linear[-1] == f"{best.linear / best.bound - 1:+.3%}"
     assert main(["optimal", "--T=60", "--peak=0.05"]) == 0
-    assert "best cooldown" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    wsd, bound_of_wsd = next((line.split()[0], line.split()[2]) for line in said.splitlines() if line.startswith("wsd"))
+    assert main(["bound", wsd, "--T=60", "--peak=0.05"]) == 0  # the name can be typed
+    assert capsys.readouterr().out.splitlines()[1].split()[3] == bound_of_wsd
+    assert main(["optimal", "--T=1"]) == 0
 
 
 def test_a_folder_of_another_sweep_is_refused_and_kept(tiny_sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ makes a large bound, truly: the sum then asks the last iterate to be good after 
 Everything is float64, on the CPU unless asked otherwise, whatever `jax_enable_x64` says; the setting is not touched.
 Numbers in, numbers out. Inside `jax.jit`, `jax.grad` and `jax.vmap`, traced arrays out, computed in float64 and given
 back in the precision of the program around; for derivatives with all digits, take them `with jax.enable_x64(True):`.
-The derivative at a rate of exactly 0, where the bound jumps, is given as 0.
+Derivatives are by reverse mode, once (`bound` with x64: any). The derivative at a rate of exactly 0, where the bound
+jumps, is given as 0. Values of traced arrays cannot be checked: a negative or NaN rate makes the whole result NaN.
 """
 
 import functools
@@ -36,6 +37,8 @@ __all__ = ["Terms", "average_bound", "bound", "bound_curve", "bound_terms", "che
 
 Iterate = Literal["last", "average"]
 _BLOCK = 2**19  # rates worked on together
+_LEAST_SHARE, _LEAST_RATE = 1e-300, 1e-300  # XLA makes 0 of numbers below 2e-308
+_MOST = 1e100
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,20 @@ class Terms:
     def best_scale(self) -> Any:
         """The factor on all rates that makes the bound smallest, sqrt(distance / noise)."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (self.distance / self.noise) ** 0.5
+            return _plain(np.true_divide, self.distance, self.noise) ** 0.5
 
     @property
     def best(self) -> Any:
         """The bound at that factor, 2 sqrt(distance · noise); NaN where no rate was positive."""
         with np.errstate(invalid="ignore"):
-            return 2 * (self.distance * self.noise) ** 0.5
+            return 2 * _plain(np.multiply, self.distance, self.noise) ** 0.5
+
+
+def _plain(operation: np.ufunc, a: Any, b: Any) -> Any:
+    """By numpy, which does not raise where floats of Python do; traced arrays by JAX."""
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return getattr(jnp, operation.__name__)(a, b)
+    return operation(a, b)
 
 
 def bound(eta_T: ArrayLike, D: ArrayLike = 1.0, G: ArrayLike = 1.0, *, device: jax.Device | None = None) -> Any:
@@ -123,6 +133,8 @@ def bound_curve(
     if not accuracy:
         return curve
     eta_T, D, G = _arguments(eta_T, D, G)
+    if iterate == "average":  # two sums of positive numbers
+        return curve, eta_T.shape[-1] * np.finfo(np.float64).eps * np.ones(eta_T.shape[:-1])[()]
     eta_P, G_P = _padded(eta_T, G)
     return curve, _computed(_curve_accuracy, eta_P, D, G_P, device)[0]
 
@@ -159,6 +171,14 @@ def _arguments(eta_T: ArrayLike, D: ArrayLike, G: ArrayLike) -> tuple[Any, Any, 
     eta_T, D, G = (checked(name, x) for name, x in (("eta_T", eta_T), ("D", D), ("G", G)))
     if eta_T.ndim not in (1, 2) or 0 in eta_T.shape:
         raise UserError(f"eta_T has shape {eta_T.shape}; give at least one rate, as [T] or [R, T]")
+    if not isinstance(eta_T, jax.core.Tracer):
+        largest = eta_T.max(-1, initial=0.0)
+        least = eta_T.min(-1, initial=np.inf, where=eta_T > 0)
+        if np.any(low := (least < np.maximum(_LEAST_SHARE * largest, _LEAST_RATE))):
+            raise UserError(
+                f"eta_T holds {np.min(least[low]):g}, less than {_LEAST_SHARE:g} of the largest rate or than "
+                f"{_LEAST_RATE:g}, which float64 cannot work with; write 0 for such a step"
+            )
     if D.shape not in ((), eta_T.shape[:-1]):
         raise UserError(f"D has shape {D.shape} for eta_T of shape {eta_T.shape}; give one number, or one per schedule")
     if G.shape not in ((), eta_T.shape[-1:], eta_T.shape):
@@ -169,19 +189,27 @@ def _arguments(eta_T: ArrayLike, D: ArrayLike, G: ArrayLike) -> tuple[Any, Any, 
 def checked(name: str, x: ArrayLike) -> Any:
     """As a finite, non-negative float64 array, or UserError; a traced array as it is."""
     if isinstance(x, jax.core.Tracer):
-        return x
+        if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise UserError(f"{name} is an array of {x.dtype}; it must be a number or an array of numbers")
+        return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
     try:
         array = np.asarray(x)
         if array.dtype.kind not in "fiu" and array.dtype != jnp.bfloat16:
             raise TypeError
         array = array.astype(np.float64, copy=False)
     except (TypeError, ValueError) as e:
-        raise UserError(f"{name}={x!r:.80} must be a number or an array of numbers") from e
+        raise UserError(f"{name}={' '.join(repr(x).split()):.80} must be a number or an array of numbers") from e
     if array.size and not (array.min() >= 0 and array.max() < np.inf):
         bad = ~(np.isfinite(array) & (array >= 0))
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         at = f"[{', '.join(map(str, where))}]" if where else ""
         raise UserError(f"{name}{at}={array[where]:g} must be a finite number, at least 0")
+    if (
+        name in ("D", "G")
+        and array.size
+        and not (array.max() <= _MOST and array[array > 0].min(initial=1) >= 1 / _MOST)
+    ):
+        raise UserError(f"{name} must lie between {1 / _MOST:g} and {_MOST:g}, or be 0: its square has to be a float64")
     return array
 
 
@@ -201,7 +229,7 @@ def _computed(core: Any, eta_T: Any, D: Any, G: Any, device: jax.Device | None) 
     inputs = eta_T, D, G
     traced = [x.dtype for x in inputs if isinstance(x, jax.core.Tracer)]
     if traced and jnp.result_type(float) != np.float64:
-        return _traced(core, np.result_type(*traced), *inputs)
+        return _traced(core, jnp.result_type(*traced), *inputs)
     if traced:
         return core(*(lax.convert_element_type(x, jnp.float64) for x in inputs))
     with jax.enable_x64(True):
@@ -249,7 +277,7 @@ def _last(eta_T: Array, D: Array, G: Array) -> tuple[Array, Array, Array]:
     eta_T, peak = _scaled(eta_T)
     # Sums from the end: S_T - S_t as a difference of sums from the start loses digits.
     rest_T = lax.cumsum(eta_T, axis=eta_T.ndim - 1, reverse=True)  # S_T - S_{t-1}
-    after_T = cauchy._later(rest_T, -1)  # S_T - S_t
+    after_T = cauchy.later(rest_T, -1)  # S_T - S_t
     noise_T = eta_T * G**2
     past = jnp.where(after_T > 0, noise_T * (eta_T / jnp.where(after_T > 0, after_T, 1.0)), 0.0).sum(-1)
     own = jnp.where(after_T == 0, noise_T, 0.0).sum(-1)  # of the last positive rate
@@ -321,10 +349,11 @@ def _packed(eta_T: Array, *others_T: Array) -> tuple[Array, tuple[Array, ...]]:
 def _scaled(eta_T: Array) -> tuple[Array, Array]:
     """Rates as shares of the largest, [.., T], and that, [.., 1] (1 if all are 0), so that no square overflows.
 
-    Zeros are cut from differentiation: the bound jumps there.
+    Zeros are cut from differentiation: the bound jumps there. What is no rate makes the peak, so everything, NaN.
     """
     peak = lax.stop_gradient(eta_T.max(-1, keepdims=True))
     peak = jnp.where(peak > 0, peak, 1.0)
+    peak = jnp.where((eta_T >= 0).all(-1, keepdims=True), peak, jnp.nan)
     return jnp.where(eta_T > 0, eta_T / peak, 0.0), peak
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import scipy.linalg
 from jax import Array, lax
 
-__all__ = ["accuracy", "causal_sum", "padded_length"]
+__all__ = ["accuracy", "causal_sum", "later", "padded_length"]
 
 M = 32  # steps of a chunk
 SPACING = 0.28  # h, of the exponents' logarithms
@@ -52,7 +52,7 @@ def causal_sum(eta_T: Array, w_T: Array) -> Array:
     eta_CxM, w_CxM = (jnp.pad(x, (0, C * M - T)).reshape(C, M) for x in (eta_T, w_T))
     sum_CxM = _own_chunk(eta_CxM, w_CxM)
     u_CxM, v_CxM = _to_end(eta_CxM), _from_start(eta_CxM)
-    sum_CxM += _pairs(_later(u_CxM, 1, axis=0), _later(w_CxM, 1, axis=0), v_CxM)  # with the chunk before
+    sum_CxM += _pairs(later(u_CxM, 1, axis=0), later(w_CxM, 1, axis=0), v_CxM)  # with the chunk before
     if C > 2:
         L_C = eta_CxM.sum(1)
         z_low, groups = _exponents(eta_CxM, L_C)
@@ -170,7 +170,7 @@ def _far_bwd(saved: tuple[Array, ...], g_CxM: Array) -> tuple[Array | None, ...]
         F_JxC = _arriving(z_J, sent_JxC, L_C)
         B_JxC = _arriving(z_J, wanted_JxC[:, ::-1], L_C[::-1])[:, ::-1]
         c_Jx1, cz_Jx1 = c_J[:, None], (c_J * z_J)[:, None]
-        across_JxC = (F_JxC + _later(sent_JxC, 1)) * jnp.exp(-z_J[:, None] * L_C) * (B_JxC + _later(wanted_JxC, -1))
+        across_JxC = (F_JxC + later(sent_JxC, 1)) * jnp.exp(-z_J[:, None] * L_C) * (B_JxC + later(wanted_JxC, -1))
         u_sum, v_sum, L_sum, w_sum = sums
         return (
             u_sum + _spread(z_J, cz_Jx1 * B_JxC, u_CxM),
@@ -205,8 +205,8 @@ def _arriving(z_J: Array, sent_JxC: Array, L_C: Array) -> Array:
     J, C = sent_JxC.shape
     K = 1 << (C.bit_length() // 2)
     N = -(-C // K)
-    L_NxK = jnp.pad(_later(L_C, 1), (0, N * K - C)).reshape(N, K)
-    sent_KxJxN = jnp.moveaxis(jnp.pad(_later(sent_JxC, 2), ((0, 0), (0, N * K - C))).reshape(J, N, K), 2, 0)
+    L_NxK = jnp.pad(later(L_C, 1), (0, N * K - C)).reshape(N, K)
+    sent_KxJxN = jnp.moveaxis(jnp.pad(later(sent_JxC, 2), ((0, 0), (0, N * K - C))).reshape(J, N, K), 2, 0)
 
     def within(F_JxN: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         L_N, sent_JxN = chunk
@@ -233,7 +233,7 @@ def _exponents(eta_CxM: Array, L_C: Array) -> tuple[Array, Array]:
 
 def _shortest(eta_CxM: Array, L_C: Array) -> Array:
     """The shortest chunk that lies between two others, inf where there is none."""
-    between_C = (jnp.arange(L_C.shape[0]) > 0) & (_later(eta_CxM[:, 0], -1) > 0)
+    between_C = (jnp.arange(L_C.shape[0]) > 0) & (later(eta_CxM[:, 0], -1) > 0)
     return jnp.where(between_C, L_C, jnp.inf).min()
 
 
@@ -273,7 +273,7 @@ def _to_end(eta_NxS: Array) -> Array:
     return lax.cumsum(jnp.pad(eta_NxS[:, 1:], ((0, 0), (0, 1))), axis=1, reverse=True)
 
 
-def _later(x: Array, k: int, axis: int = -1) -> Array:
+def later(x: Array, k: int, axis: int = -1) -> Array:
     """x moved k places to higher indices (k < 0: lower), zeros coming in."""
     pad = [(0, 0, 0)] * x.ndim
     pad[axis] = (k, -k, 0)

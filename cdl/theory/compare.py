@@ -84,7 +84,9 @@ def read_rates(text: str, T: int | None = None, **defaults: Any) -> np.ndarray:
         if horizon is None:
             raise UserError(f"{text!r} has no horizon; give T")
         return schedule(name, horizon, **arguments)
-    if not Path(text).suffix and not Path(text).exists():
+    if not Path(text).exists():
+        if Path(text).suffix:
+            raise UserError(f"{text} does not exist; give a schedule ({', '.join(SHAPES)}) or a file of rates")
         raise unknown("schedule or file", text, SHAPES)
     return read_numbers(text)
 
@@ -104,7 +106,7 @@ def read_numbers(path: str) -> np.ndarray:
                 raise UserError(f"{path} has columns {', '.join(map(str, table.columns))}; name that of the rates eta")
             numbers = table[column].to_numpy(np.float64)
     except FileNotFoundError as e:
-        raise UserError(f"{path} does not exist; give a schedule ({', '.join(SHAPES)}) or a file of rates") from e
+        raise UserError(f"{path} does not exist; give a number, or a file of numbers") from e
     except (ValueError, TypeError, pd.errors.ParserError) as e:
         if isinstance(e, UserError):
             raise

@@ -78,7 +78,8 @@ class Continuation:
 def best_peak(eta_T: ArrayLike, D: ArrayLike = 1.0, G: ArrayLike = 1.0) -> Any:
     """The peak rate at which a schedule of this shape has the smallest last-iterate bound; a float, or [R].
 
-    The size of eta_T does not matter. The bound there is ``bound_terms(eta_T, D, G).best``.
+    The size of eta_T does not matter. It is the largest rate that is given, which in ``schedule`` may be a step short
+    of ``peak``. The bound there is ``bound_terms(eta_T, D, G).best``.
 
     >>> round(best_peak([1.0, 1.0, 1.0]), 6)  # sqrt(1 / (3 (1 + 1/2 + 1)))
     0.365148
@@ -89,6 +90,8 @@ def best_peak(eta_T: ArrayLike, D: ArrayLike = 1.0, G: ArrayLike = 1.0) -> Any:
         raise UserError("eta_T has no positive rate, so it has no best peak; give a schedule that moves")
     if not np.all(terms.noise > 0):
         raise UserError("G=0 makes every larger rate better; give positive gradient norms")
+    if not np.all(terms.distance > 0):
+        raise UserError("D=0 starts at a minimiser, where the best rate is 0; give a positive distance")
     best = terms.best_scale * peak
     return float(best) if np.ndim(best) == 0 else best
 
@@ -116,9 +119,9 @@ def best_cooldown(
         terms = bound_terms(rates(steps), D, G)
         return terms.best if peak is None else terms.total
 
-    rates(1)  # checks the arguments
+    rates(0)  # checks the arguments
     longest = T - (round(warmup * T) if isinstance(warmup, float) else warmup)
-    steps = _least_whole(cost, 1, longest)
+    steps = _least_whole(cost, 0, longest)
     rate = float(bound_terms(rates(steps), D, G).best_scale) if peak is None else float(peak)
     return Cooldown(steps, steps / T, rate, cost(steps))
 
@@ -164,7 +167,7 @@ def best_continuation(
     rest = len(schedule("constant", T)) - len(past_T)
     if rest < 1:
         raise UserError(f"T={T} must be larger than the {len(past_T)} updates of past_T")
-    if not 0 < cooldown <= 1:
+    if not (isinstance(cooldown, int | float) and 0 < cooldown <= 1):
         raise UserError(f"cooldown={cooldown!r} must be a share of T in (0, 1]")
     D, G_T = _distance(D), _norms(G, T)
     rate = float(past_T[past_T > 0][-1])
@@ -257,6 +260,8 @@ def _distance(D: float) -> float:
     D_ = checked("D", D)
     if D_.shape != ():
         raise UserError(f"D has shape {D_.shape}; give one number")
+    if D_ == 0:
+        raise UserError("D=0 starts at a minimiser, where the best rate is 0; give a positive distance")
     return float(D_)
 
 
@@ -270,13 +275,15 @@ def _norms(G: ArrayLike, T: int) -> np.ndarray:
 
 
 def _least(cost: Callable[[float], float]) -> float:
-    """Where a function of a positive number is smallest: a grid over four decades, then golden section around it."""
-    grid = np.geomspace(1e-3, 10, 41)
-    values = [cost(x) for x in grid]
-    i = int(np.argmin(values))
-    low, high = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+    """Where a function of a positive number is smallest that falls, then rises, to infinity at both ends."""
+    x = 1.0
+    while cost(2 * x) < cost(x):
+        x *= 2
+    while cost(x / 2) < cost(x):
+        x /= 2
+    bounds = (np.log(x / 2), np.log(2 * x))
     found = optimize.minimize_scalar(
-        lambda u: cost(float(np.exp(u))), bounds=np.log([low, high]), method="bounded", options=dict(xatol=1e-7)
+        lambda u: cost(float(np.exp(u))), bounds=bounds, method="bounded", options=dict(xatol=1e-7)
     )
     return float(np.exp(found.x))
 

@@ -11,6 +11,7 @@ from scipy import special
 
 import cdl
 from cdl.theory.bounds import average_bound, bound, bound_curve, bound_terms
+from cdl.theory.cauchy import padded_length
 
 from .reference import RNG, causal_sums, hard_schedules, literal_average, literal_last
 
@@ -56,6 +57,14 @@ def test_curve_is_the_bound_of_every_beginning(name: str) -> None:
     curve = bound_curve(eta_T, 1.5, G_T)
     for tau in (1, 2, 32, 33, 64, 65, 333, 700):
         assert curve[tau - 1] == pytest.approx(bound(eta_T[:tau], 1.5, G_T[:tau]), rel=1e-12)
+
+
+@pytest.mark.parametrize("T", [64, 128, 1024])
+def test_curve_of_a_length_without_padding(T: int) -> None:
+    assert padded_length(T) == T
+    k = np.arange(1, T + 1)
+    expected = 1 / (0.2 * k) + 0.05 * (special.digamma(k) + np.euler_gamma + 1)
+    np.testing.assert_allclose(bound_curve(np.full(T, 0.1)), expected, rtol=1e-13)
 
 
 def test_gradient_norms_of_each_step() -> None:
@@ -122,6 +131,8 @@ def test_no_positive_rate_is_infinite() -> None:
     terms = bound_terms([0.0])
     assert np.isnan(terms.best)
     assert np.isnan(bound_terms([0.0, 1.0], curve=True).best[0])
+    assert bound_terms([1.0], G=0.0).best_scale == np.inf
+    assert bound_terms([1.0], D=0.0).best_scale == 0
 
 
 def test_a_tiny_last_rate_makes_a_large_bound() -> None:
@@ -164,6 +175,36 @@ def test_derivatives_against_finite_differences(f: Any) -> None:
     np.testing.assert_allclose(single_T, gradient_T, atol=1e-6 * np.abs(gradient_T).max())
 
 
+@pytest.mark.parametrize("f", [bound, average_bound, lambda e, D=1.0, G=1.0: bound_curve(e, D, G)[-1]])
+def test_traced_values_that_are_no_rates_are_not_taken_for_zeros(f: Any) -> None:
+    for bad in (np.nan, -0.4):
+        eta_T = np.array([0.5, bad, 0.3, 0.2], np.float32)
+        assert np.isnan(jax.jit(f)(eta_T))
+        assert np.isnan(jax.grad(f)(eta_T)).any()
+
+
+@pytest.mark.parametrize("f", [bound, average_bound])
+def test_traced_whole_numbers(f: Any) -> None:
+    expected = f([1.0, 2.0, 3.0], 2.0, 3.0)
+    for arguments in (([1, 2, 3], 2, 3), ([1.0, 2.0, 3.0], 2, 3), ([1, 2, 3], 2.0, 3.0)):
+        got = jax.jit(f)(*(np.asarray(x) for x in arguments))
+        assert got.dtype == np.float32
+        assert float(got) == pytest.approx(expected, rel=1e-6)
+    for dtype in (bool, np.complex64):
+        with pytest.raises(ValueError, match="eta_T is an array of"):
+            jax.jit(f)(np.ones(3, dtype))
+
+
+def test_second_derivatives_of_the_last_bound() -> None:
+    eta_T = RNG.uniform(0.5, 1, 6)
+    with jax.enable_x64(True):
+        hessian, gradient = jax.hessian(bound)(eta_T), jax.grad(bound)
+        for k in range(6):
+            step = 1e-6 * np.eye(6)[k]
+            difference = (gradient(eta_T + step) - gradient(eta_T - step)) / 2e-6
+            np.testing.assert_allclose(hessian[k], difference, atol=1e-7)
+
+
 def test_inside_jit_and_vmap() -> None:
     eta_RxT = RNG.uniform(0.1, 1, (3, 40)).astype(np.float32)
     values, gradients = jax.jit(jax.vmap(jax.value_and_grad(bound)))(eta_RxT)
@@ -198,6 +239,10 @@ def test_accuracy_on_request() -> None:
     assert accuracy.shape == (2,)
     assert isinstance(bound_curve(eta_RxT[0], accuracy=True)[1], float)
     assert (accuracy < 1e-12).all()
+    average, accuracy = bound_curve(eta_RxT[0], accuracy=True, iterate="average")
+    exact = np.cumsum(eta_RxT[0].astype(np.longdouble))
+    exact = (1 + np.cumsum(eta_RxT[0].astype(np.longdouble) ** 2)) / (2 * exact)
+    assert np.abs(average / exact - 1).max() < accuracy < 2e-12
 
 
 def test_on_a_chosen_device() -> None:
@@ -231,6 +276,12 @@ def test_on_a_chosen_device() -> None:
         (([1.0, 1.0], [1.0, 1.0]), r"D has shape \(2,\) for eta_T of shape \(2,\)"),
         ((np.ones((2, 3)), np.ones(3)), r"D has shape \(3,\) for eta_T of shape \(2, 3\)"),
         (([1.0], None), "D=None must be a number"),
+        ((np.full((2, 2), "a"),), r"eta_T=array\(.* must be a number"),
+        (([1e-3, 1e-311],), "eta_T holds 1e-311, less than 1e-300 of the largest rate"),
+        (([1e-305],), "eta_T holds 1e-305"),
+        (([[1.0, 0.0], [1e5, 1e-299]],), "eta_T holds 1e-299"),
+        (([1.0], 1e101), r"D must lie between 1e-100 and 1e\+100, or be 0"),
+        (([1.0, 1.0], 1.0, [0.0, 1e-101]), "G must lie between"),
     ],
 )
 def test_bad_input_is_named(arguments: tuple[Any, ...], message: str) -> None:

@@ -1,6 +1,7 @@
 """The O(T) sums against extended precision, and their derivatives against sums over rectangles of pairs."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,6 +66,45 @@ def test_derivatives(name: str) -> None:
     expected = [-later[k, :k].sum() for k in range(size)]
     np.testing.assert_allclose(np.asarray(by_eta), np.array(expected, float), rtol=1e-11)
     np.testing.assert_allclose(np.asarray(by_w), (g_T[:, None] / x).sum(0).astype(float), rtol=1e-12)
+
+
+def kernel_error(ratio: float) -> float:
+    """Largest relative error of the exponentials as 1/x on [1, ratio], in extended precision."""
+    z_low = cauchy.Z_LOW / ratio
+    groups = 1 + int(np.ceil(np.log(cauchy.Z_HIGH / cauchy.Z_LOW * ratio) / cauchy.SPACING / cauchy.GROUP))
+    parts = [cauchy._group(jnp.asarray(i), jnp.asarray(z_low)) for i in range(groups)]
+    z_J, c_J = (np.concatenate([np.asarray(part[i]) for part in parts]).astype(np.longdouble) for i in (0, 1))
+    x_P = np.geomspace(1, ratio, 300).astype(np.longdouble)
+    return float(np.abs((c_J * np.exp(-z_J * x_P[:, None])).sum(1) * x_P - 1).max())
+
+
+def test_the_exponentials_are_one_over_x_for_any_range() -> None:
+    """Over a whole group of ratios: the number of exponents is rounded up to groups, which hides gaps at some."""
+    per_group = np.exp(cauchy.SPACING * cauchy.GROUP)
+    assert max(kernel_error(100 * per_group**u) for u in np.linspace(0, 1, 23)) < 2e-14
+    assert max(kernel_error(ratio) for ratio in (1.5, 1e8, 1e20, 1e100)) < 2e-14
+
+
+@pytest.mark.parametrize("fault", ["two groups too few", "SPACING", "Z_LOW"])
+def test_the_accuracy_knows_when_the_exponentials_are_bad(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    eta_T = hard_schedules(3000)["constant"]
+    exact = causal_sums(eta_T, eta_T**2, np.arange(1, 3000, 7))
+    right = cauchy._exponents
+    if fault == "two groups too few":
+        monkeypatch.setattr(cauchy, "_exponents", lambda *x: (right(*x)[0], right(*x)[1] - 2))
+    else:
+        monkeypatch.setattr(cauchy, fault, {"SPACING": 0.5, "Z_LOW": 30.0}[fault])
+    cauchy._tail.cache_clear()
+    sum_T = np.asarray(cauchy.causal_sum(jnp.asarray(eta_T), jnp.asarray(eta_T**2)))[1::7]
+    own = float(cauchy.accuracy(jnp.asarray(eta_T)))
+    monkeypatch.undo()
+    cauchy._tail.cache_clear()
+    assert 1e-11 < float(np.abs(sum_T / exact - 1).max()) < own
+
+
+def test_the_accuracy_counts_roundings_where_there_are_no_exponentials() -> None:
+    own = float(cauchy.accuracy(jnp.ones(2 * M)))
+    assert own > 2 * M * np.finfo(float).eps
 
 
 def test_weights_of_any_sign_and_linearity() -> None:

@@ -4,13 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from scipy import optimize
 
 import cdl
 from cdl.theory.bounds import bound, bound_terms
-from cdl.theory.optimal import best_continuation, best_cooldown, best_peak, best_schedule
+from cdl.theory.optimal import _ratios, best_continuation, best_cooldown, best_peak, best_schedule
 
 from .reference import RNG
 
@@ -76,10 +77,10 @@ def test_best_cooldown_against_every_length(norms: tuple[float, float], options:
     shape = dict(warmup=options.get("warmup", 0), form=options.get("form", "linear"))
     warmup = {0: 0, 0.1: 9, 7: 7}[shape["warmup"]]
     costs = []
-    for steps in range(1, T - warmup + 1):
+    for steps in range(T - warmup + 1):
         terms = bound_terms(cdl.schedule("wsd", T, peak=options.get("peak", 1.0), decay=steps, **shape), 1.0, G_T)
         costs.append(terms.total if "peak" in options else terms.best)
-    assert cooldown.steps == 1 + int(np.argmin(costs))
+    assert cooldown.steps == int(np.argmin(costs))
     assert cooldown.bound == pytest.approx(min(costs), rel=1e-14)
     rates = cdl.schedule("wsd", T, peak=cooldown.peak, decay=cooldown.steps, **shape)
     assert bound(rates, 1.0, G_T) == pytest.approx(cooldown.bound, rel=1e-13)
@@ -117,6 +118,29 @@ def test_ways_to_continue() -> None:
     assert ways.bounds["lower rate"] <= min(bound(np.stack(lower))) <= ways.bounds["lower rate"] * 1.00001
 
 
+def test_ways_to_continue_far_from_the_past_rate() -> None:
+    """From 1e-3 for five updates, the best rates are far higher: no edge of a search."""
+    past_T = np.full(5, 1e-3)
+    ways = best_continuation(past_T, 1000)
+    linear = [np.r_[past_T, s * 1e-3 * np.arange(995, 0, -1) / 996] for s in np.geomspace(0.1, 1000, 400)]
+    assert ways.bounds["linear"] == pytest.approx(min(bound(np.stack(linear))), rel=1e-3)
+    low = best_continuation(np.full(500, 3.0), 1000)  # and far lower
+    linear = [np.r_[np.full(500, 3.0), 3.0 * s * np.arange(500, 0, -1) / 501] for s in np.geomspace(1e-5, 1, 400)]
+    assert low.bounds["linear"] == pytest.approx(min(bound(np.stack(linear))), rel=1e-3)
+
+
+def test_the_ratios_keep_their_digits() -> None:
+    """sqrt(1 + y) - 1 loses them for small y; against 50 digits."""
+    with mpmath.workdps(50):
+        r = mpmath.mpf(1) / 2
+        expected = []
+        for _ in range(20_000):
+            r = mpmath.sqrt(1 + 2 * r) - 1
+            expected.append(float(r))
+    ratios = _ratios(np.ones(20_001))
+    np.testing.assert_allclose(ratios[-2::-1], expected, rtol=2e-14)
+
+
 def test_continuing_from_the_best_schedule_is_the_best_schedule() -> None:
     best = best_schedule(200, 1.5, 0.5)
     ways = best_continuation(best.eta_T[:80], 200, 1.5, 0.5)
@@ -132,6 +156,9 @@ def test_continuing_from_the_best_schedule_is_the_best_schedule() -> None:
         (lambda: best_schedule(3, -1.0), "D=-1 must be"),
         (lambda: best_schedule(3, [1.0, 2.0]), "D has shape"),
         (lambda: best_schedule(3, 1.0, 0.0), "G must be positive"),
+        (lambda: best_schedule(3, 0.0), "D=0 starts at a minimiser"),
+        (lambda: best_peak([1.0], 0.0), "D=0 starts at a minimiser"),
+        (lambda: best_continuation([1.0], 5, cooldown="a"), "cooldown='a' must be a share"),  # type: ignore[arg-type]
         (lambda: best_schedule(3, 1.0, [1.0, 2.0]), r"G has shape \(2,\) for T=3"),
         (lambda: best_cooldown(10, peak=-1.0), "peak=-1.0 must be a positive number"),
         (lambda: best_cooldown(10, warmup=10), "warmup=10 is 10 updates of T=10"),
