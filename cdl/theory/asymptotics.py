@@ -22,7 +22,7 @@ third sum to an O() and drops it.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ import numpy as np
 import sympy as _sympy
 
 from cdl.errors import UserError
-from cdl.theory.pieces import Expr, Piece, X, check, pieces, share
+from cdl.theory.pieces import Expr, NoLimit, Piece, X, check, pieces, share
 
 __all__ = ["Limit", "limit", "limit_of", "positive"]
 
@@ -40,6 +40,7 @@ sympy: Any = _sympy  # the types of sympy do not have the operators of its expre
 _U = sympy.Symbol("u", positive=True)  # distance from the end
 _DIGITS = 140  # of heights next to the end of a piece: they are differences there
 _DEPTH = 60  # panels shrink by 4 towards both ends of a piece, so often
+_TAIL, _MOST_PANELS = 1e-7, 1000  # see `_resolved`
 _LONGEST_FORM = 60  # characters; longer closed forms are not printed
 
 
@@ -232,14 +233,15 @@ def _rational(piece: Piece, rest: Expr, end: Expr, value: float) -> Expr | None:
     return total if found.is_real and abs(found - value) <= 1e-9 * max(1.0, abs(value)) else None
 
 
-def _gauss(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes and weights on [0, 1], and the matrix that integrates from 0 to every node."""
+def _gauss(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes and weights on [0, 1], and the matrices to integrals from 0 to every node and to Legendre coefficients."""
     z, weights = np.polynomial.legendre.leggauss(n)
     integrals = np.stack([np.polynomial.legendre.Legendre.basis(k).integ(lbnd=-1)(z) for k in range(n)], axis=1)
-    return (z + 1) / 2, weights / 2, integrals @ np.linalg.inv(np.polynomial.legendre.legvander(z, n - 1)) / 2
+    to_legendre = np.linalg.inv(np.polynomial.legendre.legvander(z, n - 1))
+    return (z + 1) / 2, weights / 2, integrals @ to_legendre / 2, to_legendre
 
 
-_NODES, _WEIGHTS, _UP_TO = _gauss(20)
+_NODES, _WEIGHTS, _UP_TO, _TO_LEGENDRE = _gauss(20)
 _EDGES = np.concatenate([0.25 ** np.arange(_DEPTH, 2, -1), np.arange(1, 9) / 16])  # of half a piece, from its end
 
 
@@ -247,52 +249,96 @@ def _quadrature(piece: Piece, rest: float, end: float, last: bool) -> tuple[floa
     """int s and int s²/A - end/(b - x) by Gauss's rule on panels that shrink towards both ends.
 
     A is summed from the end, never a difference. Heights are differences next to the end and get `_DIGITS` digits.
-    Beyond the last panel stands the power law that the heights follow there.
+    Beyond the last panel stands the power law that the heights follow there. Panels are halved until s and s²/A are
+    polynomials on each of them as far as can be seen.
+
+    Raises:
+      UserError: `NoLimit`: that takes too many panels.
     """
     a, b, height = piece
     w = float(b - a)
     heights = sympy.lambdify(X, height, "mpmath")
-    low, width = w * _EDGES[:-1], w * np.diff(_EDGES)
-    v_PxN = low[:, None] + width[:, None] * _NODES
     with mpmath.workdps(_DIGITS):
         a_, b_ = (mpmath.mpf(sympy.N(e, _DIGITS)) for e in (a, b))
-        s_PxN = np.array([[float(heights(b_ - mpmath.mpf(v))) for v in row] for row in v_PxN])
-        from_start_PxN = np.array([[float(heights(a_ + mpmath.mpf(v))) for v in row] for row in v_PxN])
-        tip, foot = (float(heights(e)) for e in (b_ - mpmath.mpf(low[0]), a_ + mpmath.mpf(low[0])))
-    rise, climb = _exponent(v_PxN, s_PxN), _exponent(v_PxN, from_start_PxN)
+        edge = mpmath.mpf(w * _EDGES[0])
+        tip, foot = float(heights(b_ - edge)), float(heights(a_ + edge))
 
-    # The half at the end, outwards: u = b - x.
-    within = tip * low[0] / (1 + rise)
-    area_P = width * (s_PxN @ _WEIGHTS)
-    A_P = rest + within + np.cumsum(area_P) - area_P
-    A_PxN = A_P[:, None] + width[:, None] * (s_PxN @ _UP_TO.T)
-    noise = float((width * ((s_PxN * _over(s_PxN, A_PxN) - end / v_PxN) @ _WEIGHTS)).sum())
-    if last and end == 0 and np.isfinite(rise):
-        noise += tip * (1 + rise) / rise
-    elif last and end > 0:
-        noise += end * math.log(w * 0.5)  # what was taken off over this half, up to ln eps
-    area = within + float(area_P.sum())
+        # The half at the end, outwards: u = b - x.
+        def from_end(width: np.ndarray, s_PxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            area_P = width * (s_PxN @ _WEIGHTS)
+            within = tip * low_edge / (1 + _exponent(s_PxN))
+            A_P = rest + within + np.cumsum(area_P) - area_P
+            return area_P, A_P[:, None] + width[:, None] * (s_PxN @ _UP_TO.T)
 
-    # The half at the start, inwards: v = x - a.
-    area_P = width * (from_start_PxN @ _WEIGHTS)
-    A_P = rest + area + np.cumsum(area_P[::-1])[::-1] - area_P
-    A_PxN = A_P[:, None] + width[:, None] * (area_P[:, None] / width[:, None] - from_start_PxN @ _UP_TO.T)
-    noise += float((width * ((from_start_PxN * _over(from_start_PxN, A_PxN)) @ _WEIGHTS)).sum())
+        low_edge = w * float(_EDGES[0])
+        v_PxN, width, s_PxN, area_P, A_PxN = _resolved(lambda v: heights(b_ - v), w, from_end)
+        rise = _exponent(s_PxN)
+        noise = float((width * ((s_PxN * _over(s_PxN, A_PxN) - end / v_PxN) @ _WEIGHTS)).sum())
+        if last and end == 0 and np.isfinite(rise):
+            noise += tip * (1 + rise) / rise
+        elif last and end > 0:
+            noise += end * math.log(w * 0.5)  # what was taken off over this half, up to ln eps
+        area = tip * low_edge / (1 + rise) + float(area_P.sum())
+
+        # The half at the start, inwards: v = x - a.
+        def from_start(width: np.ndarray, s_PxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            area_P = width * (s_PxN @ _WEIGHTS)
+            A_P = rest + area + np.cumsum(area_P[::-1])[::-1] - area_P
+            return area_P, A_P[:, None] + area_P[:, None] - width[:, None] * (s_PxN @ _UP_TO.T)
+
+        _, width, s_PxN, area_P, A_PxN = _resolved(lambda v: heights(a_ + v), w, from_start)
+    climb = _exponent(s_PxN)
+    noise += float((width * ((s_PxN * _over(s_PxN, A_PxN)) @ _WEIGHTS)).sum())
     area += float(area_P.sum())
     if climb < 0:
-        area += foot * low[0] / (1 + climb)
-        noise += foot**2 * low[0] / ((1 + 2 * climb) * (rest + area)) if climb > -0.5 + 1e-9 else math.inf
+        area += foot * low_edge / (1 + climb)
+        noise += foot**2 * low_edge / ((1 + 2 * climb) * (rest + area)) if climb > -0.5 + 1e-9 else math.inf
     return area, noise
+
+
+def _resolved(
+    height: Callable[[Any], Any], w: float, areas: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, ...]:
+    """Nodes v [P, N], widths, heights, areas and A of panels on half a piece, small enough for all of them.
+
+    On a panel that is small enough the Legendre coefficients of s and of s²/A fall below `_TAIL` of their largest; the
+    error of Gauss's rule is about the square of that. Panels that hold next to nothing are left as they are.
+    """
+    low, width = w * _EDGES[:-1], w * np.diff(_EDGES)
+    s_PxN = _at_nodes(height, low, width)
+    while True:
+        area_P, A_PxN = areas(width, s_PxN)
+        noise_PxN = s_PxN * _over(s_PxN, A_PxN)
+        rough = np.zeros(len(low), bool)
+        for f_PxN in (s_PxN, noise_PxN):
+            coefficients_PxN = abs(f_PxN @ _TO_LEGENDRE.T)
+            held = abs(f_PxN).max(1) * width
+            rough |= (coefficients_PxN[:, -3:].max(1) > _TAIL * coefficients_PxN.max(1)) & (held > 1e-13 * held.sum())
+        if not rough.any():
+            return low[:, None] + width[:, None] * _NODES, width, s_PxN, area_P, A_PxN
+        if len(low) + rough.sum() > _MOST_PANELS:
+            raise NoLimit("its heights change too often, or too fast, for an integral")
+        half = width[rough] / 2
+        new_low = np.concatenate([low[rough], low[rough] + half])
+        new_width = np.concatenate([half, half])
+        s_PxN = np.concatenate([s_PxN[~rough], _at_nodes(height, new_low, new_width)])
+        low, width = np.concatenate([low[~rough], new_low]), np.concatenate([width[~rough], new_width])
+        order = np.argsort(low)
+        low, width, s_PxN = low[order], width[order], s_PxN[order]
+
+
+def _at_nodes(height: Callable[[Any], Any], low: np.ndarray, width: np.ndarray) -> np.ndarray:
+    return np.array([[float(height(mpmath.mpf(v))) for v in row] for row in low[:, None] + width[:, None] * _NODES])
 
 
 def _over(s: np.ndarray, A: np.ndarray) -> np.ndarray:
     return np.divide(s, A, out=np.zeros_like(s), where=A > 0)
 
 
-def _exponent(v_PxN: np.ndarray, s_PxN: np.ndarray) -> float:
-    """a in s ~ v^a on the innermost panel; inf if s is 0 there to all digits."""
+def _exponent(s_PxN: np.ndarray) -> float:
+    """a in s ~ v^a on the innermost panel, [1, 4] times its edge; inf if s is 0 there to all digits."""
     s0, s1 = s_PxN[0, 0], s_PxN[0, -1]
-    return math.log(s1 / s0) / math.log(v_PxN[0, -1] / v_PxN[0, 0]) if s0 > 0 and s1 > 0 else math.inf
+    return math.log(s1 / s0) / math.log((1 + 3 * _NODES[-1]) / (1 + 3 * _NODES[0])) if s0 > 0 and s1 > 0 else math.inf
 
 
 # --- Parts -------------------------------------------------------------------------------------------------------

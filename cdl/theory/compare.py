@@ -33,17 +33,17 @@ def compare(schedules: Mapping[str, ArrayLike], D: float = 1.0, G: ArrayLike = 1
     for name, eta_T in schedules.items():
         eta_T = np.asarray(eta_T, np.float64)
         terms, average = bound_terms(eta_T, D, G), bound_terms(eta_T, D, G, iterate="average")
-        peak = float(eta_T.max())
+        peak = eta_T.max()
         rows.append(
             dict(
                 schedule=name,
                 T=len(eta_T),
-                peak=peak,
+                peak=float(peak),
                 bound=terms.total,
                 distance=terms.distance,
                 noise=terms.noise,
                 average=average.total,
-                best_peak=peak * terms.best_scale,
+                best_peak=float(peak * terms.best_scale if peak > 0 else np.nan),
                 best_bound=terms.best,
             )
         )

@@ -7,7 +7,10 @@
 - s(t, T) ~ T^p sigma(t/T) with p != 0: no. 1/sqrt(T) is the wrong power for the peak.
 
 `numeric_exam` computes sqrt(T) x bound on T = 1000, 2000, .., 1024000 and decides by its differences per doubling of T:
-they shrink (qualified), stay (a logarithm), or grow (a power).
+they shrink (qualified), stay (a logarithm), or grow (a power). Where these cannot be told apart by then it says "not
+settled", gives no constant, and does not qualify.
+
+Expressions in t and T go by their leading order in T as long as that alone decides, by `numeric_exam` where not.
 """
 
 import inspect
@@ -24,7 +27,7 @@ from cdl.errors import UserError, unknown
 from cdl.schedules import SHAPES, schedule
 from cdl.theory.asymptotics import Limit, limit, limit_of, positive
 from cdl.theory.bounds import bound_terms
-from cdl.theory.expression import T_SYMBOL, own_symbols, parse, scaled, slope, t_symbol
+from cdl.theory.expression import FAILURES, T_SYMBOL, own_symbols, parse, scaled, slope, t_symbol
 from cdl.theory.pieces import Expr, NoLimit, X, check
 
 __all__ = ["Exam", "exam", "numeric_exam", "symbolic_exam"]
@@ -34,8 +37,12 @@ sympy: Any = _sympy  # the types of sympy do not have the operators of its expre
 HORIZONS = tuple(1000 * 2**k for k in range(11))  # multiples of 1000, so that most shares of T are whole
 _LEAST_HORIZONS = 6  # that a schedule with whole numbers of updates must fit into
 _VISIBLE = 3e-5  # of a term, per doubling of T: growth below it is not told from the rounding of shares of T
-_STEADY = 1.04  # differences that change by less than this factor per doubling are a logarithm
-_DUST = 1e-14  # of the highest: heights below it are rounding errors of a zero
+_LOG = 1.002  # differences that change by less than this factor per doubling are a logarithm
+_STEADY = 1.04  # by more than this: a power, or a level; in between it is open
+_BELIEVED = 0.01, 1e-3  # how far a level may be from the last value, or two ways to it from each other
+_RANGE = 1e-100, 1e100  # of the highest height
+_LEAST = 1e-150  # of the highest: heights below it are 0, float64 cannot work with them
+_DUST = 1e-14  # of the highest: heights below it may be rounding errors of a zero
 
 
 @dataclass(frozen=True)
@@ -123,14 +130,26 @@ def symbolic_exam(shape: str | Expr, *, D: float = 1.0, G: float = 1.0, **argume
     if not isinstance(shape, str | sympy.Basic):
         raise UserError(f"{text} is a callable, which has no symbols; use method='numeric'")
     heights(HORIZONS[0])  # raises on bad ones
-    p, pieces = scaled(parse(shape) if isinstance(shape, str) else own_symbols(shape))
+    try:
+        return _of_expression(text, parse(shape) if isinstance(shape, str) else own_symbols(shape), D, G)
+    except UserError:
+        raise
+    except FAILURES as e:
+        raise NoLimit(f"sympy finds no limit of {text:.200}: {e}".replace("\n", " ")) from e
+
+
+def _of_expression(text: str, e: Expr, D: float, G: float) -> Exam:
+    p, pieces = scaled(e)
     b = -slope(pieces[0], at_start=True)
     for i, piece in enumerate(pieces):
         if slope(piece, at_start=False) < 0 or (i > 0 and slope(piece, at_start=True) < 0):
-            raise UserError(f"{text} grows without bound inside of x = 0..1; heights must be finite")
+            grows = f"{text} grows without bound inside of x = 0..1"
+            raise NoLimit(grows) if e.has(t_symbol, T_SYMBOL) else UserError(f"{grows}; heights must be finite")
     if p != 0 or b > Fraction(1, 2):
         return _of_power(text, p, b)
     found = limit_of(pieces, D=D, G=G)
+    if not (math.isfinite(found.q1) and found.q1 > 0) or math.isnan(found.q2_squared):
+        raise NoLimit(f"the integrals of {text} are no numbers")
     if b < Fraction(1, 2):
         return _of_limit(text, found, G)
     # s ~ c/sqrt(x) at the start: sum_t s_t² / (S_T - S_t) has c²/A(0) sum_t 1/t, and 1/A(0) = 2 q1²/D².
@@ -173,36 +192,45 @@ def _grows(distance: bool, power: float) -> str:
 
 @dataclass(frozen=True)
 class _Growth:
-    """How a term goes for large T. size: its limit, the factor of ln T or the power of T; NaN for "unsteady"."""
+    """How a term goes for large T. size: its limit, the factor of ln T or the power of T; NaN for "unsteady".
 
-    kind: Literal["level", "log", "power", "unsteady"]
+    "open": what it does beyond the last T cannot be told; size is its change over the last doubling.
+    """
+
+    kind: Literal["level", "log", "power", "unsteady", "open"]
     size: float
 
 
 def numeric_exam(shape: Any, *, D: float = 1.0, G: float = 1.0, **arguments: Any) -> Exam:
     """The exam of anything that gives heights, by sqrt(T) x bound on T = 1000, 2000, .., 1024000.
 
-    Heights below 1e-14 of the highest are taken as 0: they are rounding errors, and a last step of that size would make
-    the noise term of a good schedule huge.
+    Heights below 1e-14 of the highest are taken as 0 where they look like rounding errors of a zero, which stay as they
+    are while T grows: a last step of that size would make the noise term of a good schedule huge. If they fall like a
+    power of T they are meant. If they do neither, and change the bound, nothing is settled.
 
     Raises:
       UserError: as `exam`; it names T where heights are wrong.
     """
     D, G = positive("D", D), positive("G", G)
     text, heights = _heights(shape, arguments)
-    horizons, terms, ends = [], [], []
+    horizons, terms, lasts = [], [], []
     for T in HORIZONS:
         s_T = heights(T)
         if s_T is not None:
+            swept = np.where(s_T < _DUST * s_T.max(), 0.0, s_T)
+            both = [swept, s_T] if s_T[swept == 0].any() else [swept]
             horizons.append(T)
-            terms.append(bound_terms(s_T / math.sqrt(T), D, G))
-            ends.append(float(s_T[s_T > 0][-1]))
+            terms.append([bound_terms(s / math.sqrt(T), D, G) for s in both])
+            lasts.append([float(s[s > 0][-1]) for s in both])
     if len(horizons) < _LEAST_HORIZONS:
         raise UserError(
             f"{text} fits into {len(horizons)} of the runs of up to {HORIZONS[-1]} updates; shorten its parts"
         )
-    distance = tuple(math.sqrt(T) * float(x.distance) for T, x in zip(horizons, terms, strict=True))
-    noise = tuple(math.sqrt(T) * float(x.noise) for T, x in zip(horizons, terms, strict=True))
+    dust = _dust([[float(x.noise) for x in both] for both in terms], [both[-1] for both in lasts])
+    chosen = [both[-1 if dust == "meant" else 0] for both in terms]
+    ends = [both[-1 if dust == "meant" else 0] for both in lasts]
+    distance = tuple(math.sqrt(T) * float(x.distance) for T, x in zip(horizons, chosen, strict=True))
+    noise = tuple(math.sqrt(T) * float(x.noise) for T, x in zip(horizons, chosen, strict=True))
     end = ends[-1] if np.ptp(ends[-3:]) <= 1e-6 * ends[-1] else 0.0  # a height that stays
     growths = _growth(distance, 0.0), _growth(noise, G**2 / 2 * end)
 
@@ -210,6 +238,9 @@ def numeric_exam(shape: Any, *, D: float = 1.0, G: float = 1.0, **arguments: Any
         known: dict[str, Any] = {"q1": q1, "q2": q2, "T": tuple(horizons), "distance": distance, "noise": noise}
         return Exam(text, qualified, reason=reason, method="numeric", **known, **found)
 
+    if dust == "open":
+        reason = f"the last heights fall below {_DUST:g} of the highest, and the bound depends on them: not settled"
+        return verdict(False, f"{reason}, looked at up to T={horizons[-1]}")
     kinds, seen = [g.kind for g in growths], f"looked at up to T={horizons[-1]}"
     q = [math.sqrt(max(g.size, 0.0)) if g.kind == "level" else None for g in growths]
     if "unsteady" in kinds:
@@ -218,6 +249,12 @@ def numeric_exam(shape: Any, *, D: float = 1.0, G: float = 1.0, **arguments: Any
     if "power" in kinds:
         power, far = max((g.size, i == 0) for i, g in enumerate(growths) if g.kind == "power")
         return verdict(False, f"{_grows(far, power).replace('them', 'the rates')}, {seen}", power=power)
+    if "open" in kinds:
+        i = kinds.index("open")
+        change = f"still changes by {growths[i].size:.2g} over the last doubling of T"
+        return verdict(
+            False, f"not settled, {seen}: the {('distance', 'noise')[i]} term of sqrt(T) x bound {change}", *q
+        )
     if "log" in kinds:
         term = "noise" if kinds[1] == "log" else "distance"
         log = sum(g.size for g in growths if g.kind == "log")
@@ -225,11 +262,29 @@ def numeric_exam(shape: Any, *, D: float = 1.0, G: float = 1.0, **arguments: Any
         cause = f"the schedule ends at height {end:.3g}: " if ends_there else ""
         return verdict(False, f"{cause}the {term} term grows like {log:.3g} ln T, {seen}", q[0], log=log)
     reason = f"sqrt(T) x bound levels off at {sum(g.size for g in growths):.6g}, {seen}"
-    if end:
+    if 0 < G**2 * end / 2 < 10 * _VISIBLE * noise[-1]:  # a growth that could not be seen
         reason += (
             f"; that it ends at height {end:.2g} makes the noise term grow like {G**2 * end / 2:.1g} ln T far beyond"
         )
+    if dust == "rounding":
+        reason += f"; last heights below {_DUST:g} of the highest are taken as 0"
     return verdict(True, reason, *q)
+
+
+def _dust(noise: Sequence[Sequence[float]], lasts: Sequence[float]) -> Literal["none", "rounding", "meant", "open"]:
+    """What heights below `_DUST` are, from the noise without and, where there are any, with them at each T.
+
+    Args:
+      lasts: the last positive height at each T, whether dust or not.
+    """
+    there = [len(both) > 1 for both in noise]
+    if all(abs(both[-1] - both[0]) <= _VISIBLE * both[0] for both in noise):
+        return "none"
+    fall = -np.diff(np.log2(lasts))
+    if fall.min() > 0.5 and np.ptp(fall) < 0.5:
+        return "meant"
+    tiny = [last for last, is_dust in zip(lasts, there, strict=True) if is_dust]
+    return "rounding" if max(tiny) <= 1e3 * min(tiny) else "open"
 
 
 def _growth(terms: Sequence[float], expected: float) -> _Growth:
@@ -250,20 +305,30 @@ def _growth(terms: Sequence[float], expected: float) -> _Growth:
     if log * math.log(2) > visible and expected / 2 < log < 2 * expected:
         return _Growth("log", float(change[-1]) / math.log(2))
     if max(abs(change[-2:])) <= visible:
-        return _Growth("level", float(z[-1]))
+        return _level(y, z)
     if min(change[-3:]) < 0 < max(change[-3:]):  # rounding of shares, or no law at all
         steady = max(abs(raw[-2:])) <= 100 * visible
         return _Growth("level", float(np.median(z[-4:]))) if steady else _Growth("unsteady", math.nan)
     ratio = math.sqrt(change[-1] / change[-3]) if change[-3] != 0 else math.inf
     if ratio < 1 / _STEADY:
-        return _Growth("level", _aitken(_aitken(z))[-1])
+        return _level(y, _aitken(_aitken(z)))
     if change[-1] < 0:  # bounded, for it falls and is positive
-        return _Growth("level", float(z[-1]))
+        return _level(y, z)
     if min(raw[-3:]) <= 0:
         return _Growth("unsteady", math.nan)
-    if ratio <= _STEADY:
+    if 1 / _LOG <= ratio <= _LOG:
         return _Growth("log", float(change[-1]) / math.log(2))
+    if ratio <= _STEADY:
+        return _Growth("open", float(raw[-1]))
     return _Growth("power", math.log2(ratio))
+
+
+def _level(y: np.ndarray, limits: np.ndarray) -> _Growth:
+    """The last limit extrapolated, where it is near the last value or the limit before."""
+    near, agree = (abs(limits[-1] - x) for x in (y[-1], limits[-2]))
+    if near <= _BELIEVED[0] * abs(y[-1]) or agree <= _BELIEVED[1] * abs(limits[-1]):
+        return _Growth("level", float(limits[-1]))
+    return _Growth("open", float(y[-1] - y[-2]))
 
 
 def _aitken(z: np.ndarray) -> np.ndarray:
@@ -286,13 +351,18 @@ def _heights(shape: Any, arguments: dict[str, Any]) -> tuple[str, Callable[[int]
         )
     if isinstance(shape, str | sympy.Basic):
         e = parse(shape) if isinstance(shape, str) else own_symbols(shape)
-        f = sympy.lambdify(
-            (X, t_symbol, T_SYMBOL), e.rewrite(sympy.Piecewise) if e.has(sympy.Abs, sympy.Min, sympy.Max) else e
-        )
+        f = sympy.lambdify((X, t_symbol, T_SYMBOL), e, "numpy")
 
         def call(T: int) -> Any:
             t_T = np.arange(1.0, T + 1)
-            return np.broadcast_to(f(t_T / T, t_T, float(T)), (T,))
+            try:
+                return np.broadcast_to(f(t_T / T, t_T, float(T)), (T,))
+            except FAILURES as error:
+                raise UserError(
+                    f"{text:.200} gives no heights for T={T}: {error}; its parts must be finite numbers".replace(
+                        "\n", " "
+                    )
+                ) from error
 
     elif callable(shape):
         places = _places(shape, text)
@@ -346,10 +416,12 @@ def _checked(call: Callable[[int], Any], T: int, text: str) -> np.ndarray:
     if not np.isfinite(s_T).all():
         k = int(np.argmin(np.isfinite(s_T)))
         raise UserError(f"{text} has height {s_T[k]} at t={k + 1} of T={T}; heights must be finite")
-    s_T[abs(s_T) < _DUST * s_T.max()] = 0.0
+    s_T[(s_T < _LEAST * s_T.max()) & (s_T > -_DUST * s_T.max())] = 0.0
     if s_T.min() < 0:
         k = int(s_T.argmin())
         raise UserError(f"{text} has height {s_T[k]:.4g} at t={k + 1} of T={T}; heights must be at least 0")
     if s_T.max() == 0:
         raise UserError(f"{text} is 0 at all t of T={T}; a schedule needs a positive height")
+    if not _RANGE[0] <= s_T.max() <= _RANGE[1]:
+        raise UserError(f"{text} goes up to {s_T.max():g} at T={T}; scale heights to about 1")
     return s_T

@@ -9,15 +9,17 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
+import sympy as _sympy
 from scipy import optimize
 
 from cdl.errors import UserError
 from cdl.schedules import SHAPES, schedule
 from cdl.theory import asymptotics
-from cdl.theory.asymptotics import limit
+from cdl.theory.asymptotics import limit, limit_of
 from cdl.theory.bounds import bound, bound_terms
-from cdl.theory.pieces import NoLimit
+from cdl.theory.pieces import NoLimit, Piece, X
 
+sympy: Any = _sympy
 GAMMA = float(np.euler_gamma)
 
 EVERY: list[tuple[str, dict[str, Any]]] = [
@@ -146,6 +148,27 @@ def test_closed_forms_equal_quadrature(name: str, arguments: dict[str, Any], mon
     by_numbers = limit(name, **arguments)
     assert by_numbers.q1 == pytest.approx(exact.q1, rel=1e-13)
     assert by_numbers.q2_squared == pytest.approx(exact.q2_squared, rel=1e-12)
+
+
+def oscillating(n: int) -> Piece:
+    return Piece(sympy.S.Zero, sympy.S.One, sympy.cos(n * sympy.pi * X) ** 2 * (1 - X))
+
+
+@pytest.mark.parametrize("n", [10, 400])
+def test_heights_that_change_often_are_resolved(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asymptotics, "_area", lambda _: None)
+    found = limit_of([oscillating(n)])
+    assert found.q1**2 == pytest.approx(2, rel=1e-12)  # int (1 - x) cos² = 1/4
+    u_P = (np.arange(4_000_000) + 0.5) / 4_000_000
+    wave_P = n * np.pi * u_P
+    A_P = u_P**2 / 4 + (u_P * np.sin(2 * wave_P) - np.sin(wave_P) ** 2 / (n * np.pi)) / (4 * n * np.pi)
+    q2_squared = np.mean(u_P**2 * np.cos(wave_P) ** 4 / A_P) / 2
+    assert found.q2_squared == pytest.approx(q2_squared, rel=1e-7)
+
+
+def test_heights_that_change_too_often_are_refused() -> None:
+    with pytest.raises(NoLimit, match="change too often"):
+        limit_of([oscillating(20_000)])
 
 
 @pytest.mark.parametrize(("name", "arguments"), EVERY)

@@ -21,6 +21,12 @@ def test_the_table_says_what_the_bounds_say() -> None:
         assert bound(eta_T * row["best_peak"] / row["peak"], 1.5, 0.5) == pytest.approx(row["best_bound"], rel=1e-14)
 
 
+def test_a_schedule_that_never_moves_is_a_row_too() -> None:
+    row = compare({"zeros": np.zeros(3)}).iloc[0]
+    assert row["bound"] == np.inf
+    assert np.isnan(row["best_peak"])
+
+
 def test_a_schedule_in_a_word() -> None:
     expected = cdl.schedule("step", 40, peak=0.5, at=(0.3, 0.6), factor=0.5)
     np.testing.assert_array_equal(read_rates("step:at=(0.3, 0.6),factor=0.5,peak=0.5", 40), expected)

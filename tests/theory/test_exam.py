@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,118 @@ def test_a_sympy_expression_equals_its_text() -> None:
         exam(1 - sympy.Symbol("y"))
 
 
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [  # of sqrt(T) x bound, by sums over the last updates
+        ("1 - x + 1/T**2", 2.5),
+        ("(1 - x)**0.5 + 1/T", 2.75),
+        ("(T - t + 1)/T", 2),
+        ("1 - x + 1/t", 2),
+    ],
+)
+def test_lower_orders_in_T_are_left_to_numbers(text: str, level: float) -> None:
+    with pytest.raises(NoLimit):
+        exam(text, method="symbolic")
+    found = exam(text)
+    assert (found.method, found.qualified) == ("numeric", True)
+    assert found.q1 is not None
+    assert found.q2 is not None
+    assert found.q1**2 + found.q2**2 == pytest.approx(level, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "power"),
+    [
+        ("1 - x + 1/T**3", 1),  # the last step but one, 1/T, is divided by a last one of T^-3
+        ("1 - x + 1/T**5", 3),  # a last step below 1e-14 from the first T on
+        ("1 - x + T/t**2", 1),
+        ("Piecewise((T, t < 100), (1 - x, True))", 1),
+        ("Piecewise((1 - x, t < T - 1), (1/T**3, True))", 1),
+        ("1/(T - t + 1)", 1),
+        ("1/(T - t + 100)", 1),
+    ],
+)
+def test_lower_orders_in_T_that_disqualify(text: str, power: float) -> None:
+    with pytest.raises(NoLimit):
+        exam(text, method="symbolic")
+    found = exam(text)
+    assert (found.method, found.qualified) == ("numeric", False)
+    assert found.power == pytest.approx(power, abs=0.11)  # T / ln T is locally less than T
+
+
+def test_a_last_step_that_is_neither_rounding_nor_a_power_settles_nothing() -> None:
+    found = exam("1 - x + exp(-T/100)")
+    assert (found.qualified, found.q2) == (False, None)
+    assert (
+        "the last heights fall below 1e-14 of the highest, and the bound depends on them: not settled" in found.reason
+    )
+
+
+@pytest.mark.parametrize("text", ["(1 - x)*(1 + x/T)", "(1 - x)*(1 + 1/T)**2", "T*(T - t)/(T**2 + t)"])
+def test_lower_orders_in_T_that_vanish_everywhere(text: str) -> None:
+    assert exam(text).q2_form == exam("1 - x").q2_form == "1"
+
+
+def test_an_open_condition_is_not_settled_as_false() -> None:
+    text = "Piecewise((1, sin(T) > 0), (1 - x, True))"
+    with pytest.raises(NoLimit, match=r"sin\(T\) > 0"):
+        exam(text, method="symbolic")
+    assert not exam(text).qualified
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "abs(sin(500*pi*x))*(1 - x)",
+        "sqrt(abs(sin(20/(x + 0.01))))*(1 - x)",
+        "max(" + ", ".join(f"{k + 1}/24 - {k}*x" for k in range(24)) + ")",
+        " + ".join(f"abs({k + 1}/40 - x)" for k in range(40)),
+        " + ".join(f"cos({k + 1}*x)**2" for k in range(60)),
+        "+".join(f"(1 - t/(T + {k}))*cos({k}*pi*t/T)**2" for k in range(1, 9)),
+    ],
+)
+def test_what_would_take_symbols_long_is_left_to_numbers(text: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(NoLimit, match=r"more than|too many"):
+        exam(text, method="symbolic")
+    assert time.perf_counter() - began < 10
+    assert exam(text).method == "numeric"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Piecewise((1, x < 0.5), (1e-6*(1 - x), True))",  # levels off at 8.60, comes from 14.28 and 10.67
+        "(1 - x)**0.05",  # differences shrink by 3% per doubling
+        "(1 - x)**0.01",
+        "x**(-0.51)*(1 - x)",  # grow by 1%
+    ],
+)
+def test_what_is_open_at_the_last_T_is_said(text: str) -> None:
+    found = exam(text, method="numeric")
+    assert (found.qualified, found.q2, found.log, found.power) == (False, None, 0, 0)
+    assert "not settled, looked at up to T=1024000: the noise term" in found.reason
+
+
+def test_failures_of_sympy_are_no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (TypeError("mpc"), OverflowError("large"), KeyError("zoo"), ZeroDivisionError("0")):
+
+        def fails(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("cdl.theory.exam.scaled", fails)
+        with pytest.raises(NoLimit, match="sympy finds no limit"):
+            exam("1 - x", method="symbolic")
+        assert exam("1 - x").method == "numeric"
+
+
+def test_no_growth_is_announced_that_would_have_been_seen() -> None:
+    """The last 100 updates are of height 0.1, whatever T is."""
+    found = exam("Piecewise((1 - x, t < T - 100), (0.1, True))")
+    assert found.qualified
+    assert "far beyond" not in found.reason
+
+
 def test_D_and_G_are_in_the_constants() -> None:
     for method in ("symbolic", "numeric"):
         one, other = exam("cosine", method=method), exam("cosine", D=3.0, G=0.5, method=method)
@@ -228,6 +341,15 @@ def test_erratic_bounds_are_not_passed() -> None:
         ("9**9**9**9", "powers may go up to 100"),
         ("-" * 5000 + "x", "cannot be read"),
         ("(" * 300 + "x" + ")" * 300, "cannot be read"),
+        ("(1-x)/0", "is zoo*(1 - x); heights must be finite and real"),
+        ("(-1)**0.5*x", "heights must be finite and real"),
+        ("Piecewise((1, x))", "x is no condition"),
+        ("Piecewise((1, 2))", "2 is no condition"),
+        ("Piecewise(1, x)", "Piecewise takes pairs"),
+        ("1e308*(1-x)*10", "gives no heights for T=1000"),
+        ("(1-x)*1e-320", "scale heights to about 1"),
+        ("r.txt", "'r.txt' looks like a file; the exam takes names, expressions or callables, no files"),
+        ("/tmp/runs/r.csv", "no files"),
         ("x - 1", "x - 1 has height -0.999"),
         ("0.5 - x", "has height -0.5 at t=1000 of T=1000; heights must be at least 0"),
         ("sqrt(0.5 - x)", "sqrt(0.5 - x) has height nan"),
