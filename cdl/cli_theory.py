@@ -45,10 +45,11 @@ def exam(arguments: argparse.Namespace) -> None:
     rows, seen = [], []
     for text in dict.fromkeys(arguments.schedules or SHAPES):
         name, options = _named(text)
-        numeric = examine(name or text, method="numeric", **options)
         found = examine(name or text, **options)  # symbolic where there is a limit
+        by_numbers = found.method == "numeric"
+        numeric = found if by_numbers else examine(name or text, method="numeric", **options)
         seen.append(dataclasses.replace(numeric, shape=text))
-        symbolic = _verdict(found) if found.method == "symbolic" else "-"
+        symbolic = "-" if by_numbers else _verdict(found)
         q1, q2 = (f"{q**2:.6g}" if q is not None else "-" for q in (found.q1, found.q2))
         agree = found.qualified == numeric.qualified
         reason = found.reason if agree else f"{found.reason}; by numbers: {numeric.reason}"

@@ -150,6 +150,8 @@ def bound_terms(
 ) -> Terms:
     """The terms of `bound` or `average_bound` apart, at the end or, with ``curve=True``, after every update.
 
+    Arguments and errors as `bound`. Each term is a float, [R], [T] or [R, T], as the bound that they add up to.
+
     >>> terms = bound_terms([1.0, 0.5], D=2.0, G=1.0)
     >>> terms.distance, terms.past, terms.own
     (1.3333333333333333, 1.0, 0.25)

@@ -13,7 +13,7 @@ Exponents. Put z = e^y in 1/x = integral_0^inf exp(-z x) dz and apply the trapez
 relative error is 2 |Gamma(1 + 2 pi i/h)|, 1.2e-14 for h = 0.28, whatever x (derive it by Poisson summation). The
 exponents below Z_LOW / S_T, infinitely many and close to 0, are replaced by the 8 of their Gauss quadrature; those
 above Z_HIGH / (shortest chunk) have died out between chunks that are not neighbours. How many are left depends on the
-rates: 50 for a constant schedule of a million steps, 30 more for each factor of 10^4 between shortest chunk and S_T.
+rates: 56 for a constant schedule of a million steps, 33 more for each factor of 10^4 between shortest chunk and S_T.
 
 Every distance S_tau - S_t is a sum of positive rates, never a difference of prefix sums, and so is every derivative: no
 digits cancel, whatever the schedule.

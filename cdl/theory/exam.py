@@ -27,7 +27,7 @@ from cdl.errors import UserError, unknown
 from cdl.schedules import SHAPES, schedule
 from cdl.theory.asymptotics import Limit, limit, limit_of, positive
 from cdl.theory.bounds import bound_terms
-from cdl.theory.expression import FAILURES, T_SYMBOL, own_symbols, parse, scaled, slope, t_symbol
+from cdl.theory.expression import SYMPY_ERRORS, T_SYMBOL, own_symbols, parse, scaled, slope, t_symbol
 from cdl.theory.pieces import Expr, NoLimit, X, check
 
 __all__ = ["Exam", "exam", "numeric_exam", "symbolic_exam"]
@@ -134,7 +134,7 @@ def symbolic_exam(shape: str | Expr, *, D: float = 1.0, G: float = 1.0, **argume
         return _of_expression(text, parse(shape) if isinstance(shape, str) else own_symbols(shape), D, G)
     except UserError:
         raise
-    except FAILURES as e:
+    except SYMPY_ERRORS as e:
         raise NoLimit(f"sympy finds no limit of {text:.200}: {e}".replace("\n", " ")) from e
 
 
@@ -357,7 +357,7 @@ def _heights(shape: Any, arguments: dict[str, Any]) -> tuple[str, Callable[[int]
             t_T = np.arange(1.0, T + 1)
             try:
                 return np.broadcast_to(f(t_T / T, t_T, float(T)), (T,))
-            except FAILURES as error:
+            except SYMPY_ERRORS as error:
                 raise UserError(
                     f"{text:.200} gives no heights for T={T}: {error}; its parts must be finite numbers".replace(
                         "\n", " "

@@ -17,12 +17,13 @@ from cdl.errors import UserError, unknown
 from cdl.schedules import SHAPES
 from cdl.theory.pieces import Expr, NoLimit, Piece, X, exact
 
-__all__ = ["FAILURES", "NO_POWER", "T_SYMBOL", "own_symbols", "parse", "scaled", "slope", "t_symbol"]
+__all__ = ["NO_POWER", "SYMPY_ERRORS", "T_SYMBOL", "own_symbols", "parse", "scaled", "slope", "t_symbol"]
 
 sympy: Any = _sympy  # the types of sympy do not have the operators of its expressions
 Relational = _sympy.core.relational.Relational
 
-FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, NotImplementedError)  # of sympy
+# What sympy, and functions that it makes, raise on expressions that they cannot work with.
+SYMPY_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, NotImplementedError)
 
 t_symbol, T_SYMBOL = sympy.Symbol("t", positive=True), sympy.Symbol("T", positive=True)
 NO_POWER = Fraction(10**6)  # for heights that fall to 0 faster than any power
@@ -90,7 +91,7 @@ def parse(text: str) -> Expr:
         e = _built(ast.parse(text.strip(), mode="eval").body)
     except UserError as error:
         raise UserError(f"the expression {text!r:.200}: {error}") from None
-    except (SyntaxError, RecursionError, MemoryError, *FAILURES) as error:
+    except (SyntaxError, RecursionError, MemoryError, *SYMPY_ERRORS) as error:
         said = "it cannot be read" if isinstance(error, SyntaxError | RecursionError | MemoryError) else error
         raise UserError(f"the expression {text!r:.200}: {said}".replace("\n", " ")) from error
     if not isinstance(e, sympy.Expr):

@@ -79,7 +79,8 @@ def best_peak(eta_T: ArrayLike, D: ArrayLike = 1.0, G: ArrayLike = 1.0) -> Any:
     """The peak rate at which a schedule of this shape has the smallest last-iterate bound; a float, or [R].
 
     The size of eta_T does not matter. It is the largest rate that is given, which in ``schedule`` may be a step short
-    of ``peak``. The bound there is ``bound_terms(eta_T, D, G).best``.
+    of ``peak``. The bound there is ``bound_terms(eta_T, D, G).best``. Arguments and errors as `bound`; UserError also
+    where no rate is positive, or D or G is 0.
 
     >>> round(best_peak([1.0, 1.0, 1.0]), 6)  # sqrt(1 / (3 (1 + 1/2 + 1)))
     0.365148
@@ -106,6 +107,9 @@ def best_cooldown(
       D, G: as in `bound`.
       peak: the rate of the stable phase; without it, the best one for each length.
       warmup, form: of the schedule.
+
+    Raises:
+      UserError: arguments that `bound` or `schedule` refuse.
 
     With the best peak and gradient norms that stay the same, the answer is: all of it (linear decay). A stable phase
     pays where the rate is given and smaller than that of linear decay, or where gradient norms grow.
@@ -134,6 +138,9 @@ def best_schedule(T: int, D: float = 1.0, G: ArrayLike = 1.0) -> Optimum:
       D: distance from the start to a minimiser.
       G: gradient norm, a number or one for each step, [T]; positive.
 
+    Raises:
+      UserError: T below 1, D or G not positive, G of another length.
+
     >>> best = best_schedule(2)
     >>> [round(float(e), 4) for e in best.eta_T]  # R_1² = 1 / (2 (sqrt 2 - 1))
     [0.3218, 0.7769]
@@ -160,6 +167,9 @@ def best_continuation(
       T: the new horizon, larger than T1.
       D, G: as in `best_schedule`; G has one norm for each of the T steps, or one number.
       cooldown: for ``lower rate``.
+
+    Raises:
+      UserError: as `best_schedule`; no positive rate in past_T, or T not beyond it.
     """
     past_T = np.asarray(checked("past_T", past_T))
     if past_T.ndim != 1 or not past_T.any():
