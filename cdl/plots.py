@@ -1,4 +1,7 @@
-"""Figures of sweeps and of bounds. Each function draws one `matplotlib.figure.Figure` and touches no global state."""
+"""Figures of sweeps and of bounds, and what all figures share (those of laws are in `cdl.laws.figures`).
+
+Each function draws one `matplotlib.figure.Figure` and touches no global state.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,53 +16,11 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 if TYPE_CHECKING:  # what is drawn draws itself by these functions
     from cdl.laws.horizon import HorizonFit
-    from cdl.planning import Check
     from cdl.theory.exam import Exam
 
-__all__ = ["bounds_figure", "curves_figure", "exam_figure", "horizon_figure", "rate_figure"]
+__all__ = ["GREY", "bounds_figure", "curves_figure", "exam_figure", "finish", "palette", "rate_figure"]
 
-_GREY = "#666666"
-
-
-def horizon_figure(fit: "HorizonFit", T: float, checks: "Sequence[Check]" = ()) -> Figure:
-    """Loss against 1/sqrt(T) with the fitted lines, as in Figures 8 and 9 of the paper.
-
-    Hollow points are horizons too short for the line. The bar at the left is the prediction interval of the best rate
-    at horizon T, stars are runs that tested predictions.
-    """
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    ax = figure.add_subplot()
-    colors, chosen = _colors([line.eta_ref for line in fit.lines]), fit.best(T)
-    for line in fit.lines:
-        best = line is chosen
-        style = dict(color=colors[line.eta_ref], lw=2.2 if best else 1.2)
-        x = 1 / np.sqrt([T, line.T.min()])
-        name = f"$\\eta_{{ref}}$ = {line.eta_ref:g}{' *' if best else ''},  $R^2$ = {line.r2:.4f}"
-        ax.plot(x, line.L_inf + line.Q * x, **style, label=name)
-        ax.plot(1 / np.sqrt(line.T), line.loss, "o", ms=5, color=style["color"])
-        for short, loss in line.left_out:
-            ax.plot(short**-0.5, loss, "o", ms=5, mfc="none", color=style["color"])
-    p = chosen.predict(T)
-    if np.isfinite(p.high - p.low):
-        ax.errorbar(
-            T**-0.5, p.loss, yerr=[[p.loss - p.low], [p.high - p.loss]], color="k", capsize=4, lw=1.4,
-            label=f"95% interval at T = {T:,g}", zorder=5,
-        )  # fmt: skip
-    for i, check in enumerate(checks):
-        name = "check run" if i == 0 else None
-        color = colors.get(check.eta_ref, "w")
-        ax.plot(check.T**-0.5, check.loss, "*", ms=10, mfc=color, mec="k", zorder=6, label=name)
-    horizons = sorted({int(t) for line in fit.lines for t in (*line.T, *(t for t, _ in line.left_out))})
-    ax.set(xlim=(0, None), xlabel="$1/\\sqrt{T}$", ylabel="held-out loss (nats a token)")
-    ax.set_title("Final loss at peak rate $\\eta_{ref}/\\sqrt{T}$", loc="left", fontsize=11)
-    top = ax.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))
-    shown = [T, *horizons]
-    top.xaxis.set_major_locator(FixedLocator([t**-0.5 for t in shown]))
-    top.xaxis.set_minor_locator(NullLocator())
-    top.set_xticklabels([f"{t:,g}" for t in shown], fontsize=7, rotation=60, color=_GREY)
-    top.set_xlabel("T", fontsize=8, color=_GREY)
-    _finish(ax)
-    return figure
+GREY = "#666666"
 
 
 def rate_figure(table: pd.DataFrame, fit: "HorizonFit", T: float) -> Figure:
@@ -68,7 +29,7 @@ def rate_figure(table: pd.DataFrame, fit: "HorizonFit", T: float) -> Figure:
     ax = figure.add_subplot()
     done = table[table["status"] == "done"]
     horizons = sorted(done["T"].unique())
-    colors = _colors(horizons, "plasma")
+    colors = palette(horizons, "plasma")
     for t in horizons:
         runs = done[done["T"] == t].groupby("eta_ref")["loss"].mean()
         ax.plot(runs.index, runs.to_numpy(), "o-", ms=4, lw=1.3, color=colors[t], label=f"T = {t:,}")
@@ -83,7 +44,7 @@ def rate_figure(table: pd.DataFrame, fit: "HorizonFit", T: float) -> Figure:
     for e in sorted({e for e, _ in fit.diverged}):
         ax.axvline(e, color="r", lw=0.8, ls=":")
     ax.set_title("Final loss by reference rate (ring: best of its horizon)", loc="left", fontsize=11)
-    _finish(ax, legend=False)
+    finish(ax, legend=False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
@@ -100,7 +61,7 @@ def curves_figure(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> Fi
     rows = -(-len(horizons) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    colors = _colors(sorted(table["eta_ref"].unique()))
+    colors = palette(sorted(table["eta_ref"].unique()))
     for ax, T in zip(axes, horizons, strict=False):
         runs = table[(table["T"] == T) & (table["seed"] == table["seed"].min())]
         for run in runs.itertuples():
@@ -110,7 +71,7 @@ def curves_figure(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> Fi
             ax.plot(curve["step"], smooth, lw=1, color=color)
             ax.plot(curve["step"], curve["eval_loss"], "o", ms=3, color=color)
         ax.set_title(f"T = {T:,}", fontsize=9)
-        _finish(ax, legend=False)
+        finish(ax, legend=False)
     for ax in axes[len(horizons) :]:
         ax.axis("off")
     # Spikes of unstable runs would flatten everything else: they leave the panel above the initial loss.
@@ -127,7 +88,7 @@ def bounds_figure(rates: Mapping[str, np.ndarray], bounds: Mapping[str, np.ndarr
     """Rates (left) and bound after every update (right) of schedules, name -> [T] each."""
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colors = _colors(list(rates), "turbo")
+    colors = palette(list(rates), "turbo")
     dashes = ["-", "--", "-.", ":"]  # equal curves stay visible
     for i, (name, eta_T) in enumerate(rates.items()):
         shown = _thinned(len(eta_T))
@@ -143,8 +104,8 @@ def bounds_figure(rates: Mapping[str, np.ndarray], bounds: Mapping[str, np.ndarr
     right.set_ylim(0.8 * min(float(b.min()) for b in bounds.values()), 20 * max(ends))
     right.set_title("Last iterate, (2.4)", loc="left", fontsize=11)
     left.set_title("Schedule", loc="left", fontsize=11)
-    _finish(left)
-    _finish(right, legend=False)
+    finish(left)
+    finish(right, legend=False)
     return figure
 
 
@@ -152,14 +113,14 @@ def exam_figure(exams: "Sequence[Exam]") -> Figure:
     """sqrt(T) times the bound at peak rate 1/sqrt(T), against T: qualified schedules (solid) level off."""
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     ax = figure.add_subplot()
-    colors = _colors([e.shape for e in exams], "turbo")
+    colors = palette([e.shape for e in exams], "turbo")
     for e in exams:
         scaled = np.add(e.distance, e.noise)
         style = dict(ls="-" if e.qualified else "--", color=colors[e.shape], lw=1.5)
         ax.plot(e.T, scaled, label=f"{e.shape}{'' if e.qualified else ' (fails)'}", **style)
     ax.set(xscale="log", yscale="log", xlabel="T", ylabel="$\\sqrt{T}$ x (bound - $L_*$)")
     ax.set_title("Exam: does the bound at peak $1/\\sqrt{T}$ fall like $1/\\sqrt{T}$?", loc="left", fontsize=11)
-    _finish(ax, legend=False)
+    finish(ax, legend=False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
@@ -171,13 +132,13 @@ def _thinned(T: int, points: int = 4000) -> np.ndarray:
     return np.unique(np.concatenate([np.geomspace(1, T, points // 4), np.linspace(1, T, points)]).astype(int)) - 1
 
 
-def _colors(values: Sequence[Any], name: str = "turbo") -> dict[Any, tuple[float, float, float, float]]:
+def palette(values: Sequence[Any], name: str = "turbo") -> dict[Any, tuple[float, float, float, float]]:
     """A colour for each of the ordered values."""
     ramp = matplotlib.colormaps[name](np.linspace(0.08, 0.88, max(len(values), 2)))
     return {v: (c[0], c[1], c[2], c[3]) for v, c in zip(values, ramp, strict=False)}
 
 
-def _finish(ax: Axes, legend: bool = True) -> None:
+def finish(ax: Axes, legend: bool = True) -> None:
     ax.grid(alpha=0.25, lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     if legend:
