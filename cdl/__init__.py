@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdl.errors import UserError
+    from cdl.laws.curve import fit_curve
     from cdl.laws.horizon import fit_horizon
+    from cdl.laws.peak import fit_peak
+    from cdl.laws.records import read_runs
+    from cdl.laws.scaling import fit_scaling
     from cdl.planning import plan
     from cdl.report import write_report
     from cdl.schedules import optax_schedule, schedule
@@ -24,9 +28,13 @@ __all__ = [
     "bound",
     "bound_curve",
     "exam",
+    "fit_curve",
     "fit_horizon",
+    "fit_peak",
+    "fit_scaling",
     "optax_schedule",
     "plan",
+    "read_runs",
     "schedule",
     "sweep_table",
     "write_report",
@@ -39,9 +47,13 @@ _HOME = {
     "bound": "cdl.theory.bounds",
     "bound_curve": "cdl.theory.bounds",
     "exam": "cdl.theory.exam",
+    "fit_curve": "cdl.laws.curve",
     "fit_horizon": "cdl.laws.horizon",
+    "fit_peak": "cdl.laws.peak",
+    "fit_scaling": "cdl.laws.scaling",
     "optax_schedule": "cdl.schedules",
     "plan": "cdl.planning",
+    "read_runs": "cdl.laws.records",
     "schedule": "cdl.schedules",
     "sweep_table": "cdl.sweep.store",
     "write_report": "cdl.report",

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # heavy imports wait until a verb needs them: `cdl --help` is
     from cdl.sweep.store import Store
 
 __all__ = ["main"]
+
+LAWS = ("convex", "paper", "multipower", "annealing", "functional")  # cdl.laws.curve.LAWS, which would load jax
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,13 +67,11 @@ def _whole_number(text: str) -> int:
     return int(number)
 
 
-def _theory(verb: str) -> Callable[[argparse.Namespace], None]:
-    """A verb of `cdl.cli_theory`, loaded when it is run."""
+def _later(module: str, verb: str) -> Callable[[argparse.Namespace], None]:
+    """A verb of `cdl.<module>`, loaded when it is run."""
 
     def run(arguments: argparse.Namespace) -> None:
-        from cdl import cli_theory
-
-        getattr(cli_theory, verb)(arguments)
+        getattr(import_module(f"cdl.{module}"), verb)(arguments)
 
     return run
 
@@ -88,15 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, run: Callable[[Any], None], help: str, example: str) -> argparse.ArgumentParser:
-        p = verbs.add_parser(
+    def verb(
+        name: str, run: Callable[[Any], None] | None, help: str, example: str, among: Any = verbs
+    ) -> argparse.ArgumentParser:
+        p = among.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        p.set_defaults(run=run)
+        if run is not None:  # else it has verbs of its own
+            p.set_defaults(run=run)
         return p
 
     def config_arguments(p: argparse.ArgumentParser) -> None:
@@ -129,9 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("folder", help="folder of a sweep")
     p.add_argument("--T", type=_whole_number, metavar="N", help="horizon to predict (default: four times the longest)")
 
-    p = verb("plan", _plan, "rate and expected loss of a longer run", "cdl plan runs/demo --T=20000")
-    p.add_argument("folder", help="folder of a sweep")
+    p = verb(
+        "plan",
+        _plan,
+        "rate and expected loss of a longer or larger run",
+        "cdl plan runs/demo --T=20000\n  cdl plan runs/1M runs/4M runs/16M --T=50000 --N=124e6",
+    )
+    p.add_argument("folder", nargs="+", help="folder of a sweep; several may differ in model size alone")
     p.add_argument("--T", type=_whole_number, metavar="N", help="horizon to predict (default: four times the longest)")
+    p.add_argument("--N", type=_whole_number, metavar="N", help="parameters to predict (default: the largest pilot's)")
 
     def theory_arguments(p: argparse.ArgumentParser) -> None:
         p.add_argument("--D", type=float, default=1.0, metavar="D", help="distance to a minimiser (default: 1)")
@@ -142,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     written = "name, name:key=value,.. as wsd:decay=0.2,form=sqrt"
     p = verb(
         "bound",
-        _theory("bound"),
+        _later("cli_theory", "bound"),
         "bounds of schedules, side by side, each at its best peak rate unless one is given",
         "cdl bound linear cosine wsd:decay=0.2 --T=1e5 --plot=bounds.png",
     )
@@ -153,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(
         "exam",
-        _theory("exam"),
+        _later("cli_theory", "exam"),
         "qualifying exam of schedules, by symbols and by numbers",
         "cdl exam cosine:final=0.1 '1 - x**2' '1/sqrt(t)' --plot=exam.png",
     )
@@ -168,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(
         "optimal",
-        _theory("optimal"),
+        _later("cli_theory", "optimal"),
         "the schedule with the smallest bound, or the best way to go on from rates already applied",
         "cdl optimal --T=8000 --past=constant:T=3200,peak=0.016",
     )
@@ -176,6 +186,72 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--past", metavar="SCHEDULE", help="rates already applied: name:T=..,peak=.., or a file of rates")
     p.add_argument("--peak", type=float, metavar="RATE", help="peak rate for which to find the best cooldown")
     theory_arguments(p)
+
+    def law_arguments(p: argparse.ArgumentParser, laws: Sequence[str]) -> None:
+        p.add_argument(
+            "runs", nargs="+", metavar="RUN", help="sweep folder, CSV (step, lr, loss), W&B export, log folder"
+        )
+        p.add_argument("--law", default="convex", choices=laws, help="law of the loss (default: convex)")
+        p.add_argument("--until", type=float, default=1.0, metavar="PART", help="fit this first part of each run")
+        p.add_argument(
+            "--after", type=_whole_number, default=0, metavar="STEP", help="leave out losses up to this step"
+        )
+        p.add_argument("--schedule", metavar="SCHEDULE", help=f"rates of the runs, where none were recorded: {written}")
+        p.add_argument("--warmup", type=_whole_number, metavar="N", help="updates of warm-up before the first record")
+        p.add_argument("--loss", metavar="COLUMN", help="column of the losses")
+
+    def drawn_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--plot", metavar="FILE", help="draw a figure: .png, .pdf, .svg, or a page: .html")
+        p.add_argument("--csv", metavar="FILE", help="write the numbers")
+
+    fits = verb("fit", None, "fit a law to finished runs", "cdl fit curve runs/*.csv --law=all").add_subparsers(
+        dest="fit", metavar="LAW", required=True
+    )
+    p = verb(
+        "curve",
+        _later("cli_laws", "curve"),
+        "law of the loss along runs, from their rates",
+        "cdl fit curve cosine.csv constant.csv --test wsd.csv --law=all --plot=fit.png",
+        among=fits,
+    )
+    law_arguments(p, (*LAWS, "all"))
+    p.add_argument("--test", nargs="+", metavar="RUN", help="runs to predict")
+    drawn_arguments(p)
+
+    p = verb(
+        "peak",
+        _later("cli_laws", "peak"),
+        "loss against peak rate at one horizon (4.1)",
+        "cdl fit peak runs/demo --T=1600 --plot=peak.png",
+        among=fits,
+    )
+    p.add_argument("table", help="folder of a sweep, or a CSV file with columns eta and loss")
+    p.add_argument("--T", type=_whole_number, metavar="N", help="horizon, where the table has several")
+    drawn_arguments(p)
+
+    p = verb(
+        "horizon",
+        _later("cli_laws", "horizon"),
+        "loss against 1/sqrt(T), 1/sqrt(tokens) or 1/sqrt(FLOPs)",
+        "cdl fit horizon losses.csv --x=tokens --to=3e11",
+        among=fits,
+    )
+    p.add_argument("table", help="folder of a sweep, or a CSV file with columns T (tokens, flops), loss and eta_ref")
+    p.add_argument("--x", default="T", choices=("T", "tokens", "flops"), help="what the horizon is counted in")
+    p.add_argument("--to", type=float, metavar="N", help="horizon to predict (default: four times the longest)")
+    drawn_arguments(p)
+
+    p = verb(
+        "forecast",
+        _later("cli_laws", "forecast"),
+        "loss of schedules not yet run, from finished runs",
+        "cdl forecast cosine.csv wsd.csv --to cosine:T=72000,peak=3e-4 linear:T=72000,peak=3e-4 --plot=forecast.png",
+    )
+    law_arguments(p, LAWS)
+    p.add_argument("--to", nargs="+", required=True, metavar="SCHEDULE", help=f"{written}; or a file of rates")
+    p.add_argument("--T", type=_whole_number, metavar="N", help="horizon of schedules that name none")
+    p.add_argument("--level", type=float, default=0.9, metavar="P", help="of the intervals (default: 0.9)")
+    drawn_arguments(p)
     return parser
 
 
@@ -273,7 +349,7 @@ def _show(made: "Plan", files: Sequence[Path]) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from cdl.planning import plan
 
-    print(plan(arguments.folder, arguments.T).summary())
+    print(plan(arguments.folder, arguments.T, arguments.N).summary())
 
 
 def _console() -> "Console":

@@ -2,14 +2,12 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
+from cdl.cli_output import check_outputs, save_figure, save_table, table_text
 from cdl.errors import UserError
 from cdl.plots import bounds_figure, exam_figure
 from cdl.schedules import SHAPES, schedule
@@ -24,7 +22,7 @@ __all__ = ["bound", "exam", "optimal"]
 
 def bound(arguments: argparse.Namespace) -> None:
     """Compare schedules, each at its best peak where neither it nor --peak says another."""
-    _check_outputs(arguments, arguments.schedules)
+    check_outputs(arguments, [*arguments.schedules, arguments.G])
     D, G = arguments.D, _gradient_norms(arguments.G)
     rates = {}
     for text in dict.fromkeys(arguments.schedules):
@@ -35,13 +33,13 @@ def bound(arguments: argparse.Namespace) -> None:
             rates[text] = read_rates(text, arguments.T, **({} if arguments.peak is None else {"peak": arguments.peak}))
         else:
             rates[text] = _at_best_peak(read_rates(text, arguments.T), D, G)
-    print(_text(compare(rates, D, G)))
+    print(table_text(compare(rates, D, G)))
     _save_curves(arguments, rates, D, G)
 
 
 def exam(arguments: argparse.Namespace) -> None:
     """Both exams of each schedule, and the constants of the symbolic one."""
-    _check_outputs(arguments)
+    check_outputs(arguments, [])
     rows, seen = [], []
     for text in dict.fromkeys(arguments.schedules or SHAPES):
         name, options = _named(text)
@@ -54,20 +52,20 @@ def exam(arguments: argparse.Namespace) -> None:
         agree = found.qualified == numeric.qualified
         reason = found.reason if agree else f"{found.reason}; by numbers: {numeric.reason}"
         rows.append([text, symbolic, _verdict(numeric), q1, q2, reason])
-    print(_text(pd.DataFrame(rows, columns=["schedule", "symbolic", "numeric", "q1²", "q2²", "reason"])))
+    print(table_text(pd.DataFrame(rows, columns=["schedule", "symbolic", "numeric", "q1²", "q2²", "reason"])))
     if arguments.plot:
-        _save_figure(exam_figure(seen), arguments.plot)
+        save_figure(exam_figure(seen), arguments.plot)
     if arguments.csv:
         tables = [
             pd.DataFrame(dict(schedule=e.shape, T=e.T, distance=e.distance, noise=e.noise, qualified=e.qualified))
             for e in seen
         ]
-        _save_table(pd.concat(tables), arguments.csv)
+        save_table(pd.concat(tables), arguments.csv)
 
 
 def optimal(arguments: argparse.Namespace) -> None:
     """The best schedule beside common ones; with --past, the ways to go on."""
-    _check_outputs(arguments, [arguments.past])
+    check_outputs(arguments, [arguments.past, arguments.G])
     T, D, G = arguments.T, arguments.D, _gradient_norms(arguments.G)
     if arguments.past is None:
         best = best_schedule(T, D, G)
@@ -89,7 +87,7 @@ def optimal(arguments: argparse.Namespace) -> None:
     table = compare(rates, D, G)[["schedule", "peak", "bound", "distance", "noise"]]
     table["above"] = [f"{b / floor - 1:+.3%}" for b in table["bound"]]
     table["note"] = [notes.get(name, "") for name in rates]
-    print(f"T = {T}; above: over {of_what}, bound {floor:.6g}\n{_text(table)}")
+    print(f"T = {T}; above: over {of_what}, bound {floor:.6g}\n{table_text(table)}")
     _save_curves(arguments, rates, D, G)
 
 
@@ -113,59 +111,17 @@ def _gradient_norms(text: str) -> float | np.ndarray:
         return read_numbers(text)
 
 
-def _check_outputs(arguments: argparse.Namespace, inputs: Sequence[str | None] = ()) -> None:
-    """Before anything is computed: can the files be written, and are none of them read?"""
-    if arguments.plot and Path(arguments.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot={arguments.plot} must end in .png, .pdf or .svg")
-    read = [*inputs, getattr(arguments, "G", None)]
-    taken = {Path(name).resolve() for name in read if name and Path(name).is_file()}
-    for option in ("plot", "csv"):
-        name = getattr(arguments, option)
-        if name is None:
-            continue
-        path = Path(name).resolve()
-        if not path.parent.is_dir():
-            raise UserError(f"--{option}={name}: there is no folder {Path(name).parent}; make it first")
-        if path.is_dir():
-            raise UserError(f"--{option}={name} is a folder; give the name of a file")
-        if path in taken:
-            raise UserError(f"--{option}={name} would overwrite another file of this command; choose another name")
-        taken.add(path)
-
-
-def _save_figure(figure: Figure, path: str) -> None:
-    figure.savefig(path, dpi=150)
-    print(f"Figure: {path}")
-
-
 def _save_curves(arguments: argparse.Namespace, rates: dict[str, np.ndarray], D: float, G: float | np.ndarray) -> None:
     """What --plot and --csv ask for: rates, and both bounds after every update."""
     if not (arguments.plot or arguments.csv):
         return
     last = {name: bound_curve(eta_T, D, G) for name, eta_T in rates.items()}
     if arguments.plot:
-        _save_figure(bounds_figure(rates, last), arguments.plot)
+        save_figure(bounds_figure(rates, last), arguments.plot)
     if arguments.csv:
         tables = []
         for name, eta_T in rates.items():
             columns = dict(schedule=name, step=np.arange(1, len(eta_T) + 1), eta=eta_T, bound=last[name])
             columns["average_bound"] = bound_curve(eta_T, D, G, iterate="average")
             tables.append(pd.DataFrame(columns))
-        _save_table(pd.concat(tables), arguments.csv)
-
-
-def _save_table(table: pd.DataFrame, path: str) -> None:
-    table.to_csv(path, index=False)
-    print(f"Numbers: {path}")
-
-
-def _text(table: pd.DataFrame) -> str:
-    """Words to the left, numbers to the right with six digits."""
-    words = [c for c in table.columns if not all(isinstance(x, int | float) for x in table[c])]
-    shown = table.copy()
-    for c in words:
-        width = max(len(c), *(len(x) for x in table[c]))
-        shown[c] = [x.ljust(width) for x in table[c]]
-    shown.columns = [c.ljust(len(shown[c].iloc[0])) if c in words else c for c in shown.columns]
-    lines = shown.to_string(index=False, float_format="{:.6g}".format).splitlines()
-    return "\n".join(line.rstrip() for line in lines)
+        save_table(pd.concat(tables), arguments.csv)

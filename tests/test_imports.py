@@ -13,8 +13,8 @@ ROOT = Path(cdl.__file__).parent
 # Higher may import lower. What is not listed may be imported by all.
 LAYERS = [
     {"cli"},
-    {"report", "cli_theory"},
-    {"progress"},
+    {"report", "cli_theory", "cli_laws"},
+    {"progress", "cli_output"},
     {"planning"},
     {"sweep"},
     {"train", "config"},
@@ -66,14 +66,16 @@ def test_theory_stands_alone() -> None:
         assert imports_of(file) <= {"errors", "schedules", "theory"}
 
 
-@pytest.mark.parametrize("name", ["bound", "bound_curve", "average_bound"])
+@pytest.mark.parametrize("name", ["bound", "bound_curve", "average_bound", "fit_curve"])
 def test_bounds_load_jax_alone(name: str) -> None:
     code = f"import cdl, sys; cdl.{name}; print([m for m in ('flax', 'optax', 'grain', 'sympy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["schedule", "fit_horizon", "sweep_table", "plan"])
+@pytest.mark.parametrize(
+    "name", ["schedule", "read_runs", "fit_peak", "fit_horizon", "fit_scaling", "sweep_table", "plan"]
+)
 def test_a_name_for_notebooks_loads_no_trainer(name: str) -> None:
     code = f"import cdl, sys; cdl.{name}; print([m for m in ('jax', 'flax', 'optax', 'grain') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

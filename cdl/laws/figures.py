@@ -51,7 +51,7 @@ def curve_figure(
     for t in (*fit.rest, *runs):
         _draw_forecast(upper, fit.forecast(t.eta_T, _thin(t.step_P)), color[t.run])
     for name, table in forecasts.items():
-        _draw_forecast(upper, table.iloc[_thin(np.arange(len(table)))], color[name])
+        _draw_forecast(upper, table.iloc[_thin(np.arange(len(table))).tolist()], color[name])
     for t in (*fit.fitted, *fit.rest, *runs):
         upper.plot(t.step_P, t.loss_P, ".", ms=2.5, color=color[t.run], alpha=0.6)
         error_P = 100 * (fit.predict(t.eta_T, t.step_P) / t.loss_P - 1)

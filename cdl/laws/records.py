@@ -7,7 +7,7 @@ that of the weights after s updates, and the rate at step s is that of update s.
 
 import numbers
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cdl.errors import UserError, unknown
 from cdl.laws import readers
 from cdl.laws.readers import OWN, Log, Source, count
 
-__all__ = ["Trajectory", "read_runs", "trajectories"]
+__all__ = ["Trajectory", "read_runs", "short_names", "trajectories"]
 
 # A change of the rate between two records is a jump where it is so many times as steep as those beside it.
 JUMP = 10.0
@@ -113,6 +113,21 @@ def trajectories(runs: Source | Iterable[Source]) -> list[Trajectory]:
             )
         found.append(Trajectory(record.run, eta_T, record.step_P, record.loss_P))
     return found
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names without the words that all of them begin and end with.
+
+    >>> short_names(["run_lr1_seed0", "run_lr2_seed0"])
+    {'run_lr1_seed0': 'lr1', 'run_lr2_seed0': 'lr2'}
+    """
+    if len(set(names)) < 2:
+        return {name: name for name in names}
+    words = [name.split("_") for name in names]
+    shortest = min(len(w) for w in words)
+    start = next((i for i in range(shortest) if len({w[i] for w in words}) > 1), shortest - 1)
+    end = next((i for i in range(shortest - start) if len({w[-1 - i] for w in words}) > 1), 0)
+    return {name: "_".join(w[start : len(w) - end]) for name, w in zip(names, words, strict=True)}
 
 
 @dataclass

@@ -1,0 +1,60 @@
+"""Intervals of forecasts: what they are made of, and how often they hold what comes."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from cdl.laws.curve import fit_curve
+from cdl.laws.holdout import Expected, Holdout, Seen, Spread, score_of, spread_of
+from cdl.schedules import schedule
+from tests.laws.test_curve import SHAPES, law
+
+SEEN = Seen(sum=1.0, lowest=0.1)
+
+
+def test_reach_counts_doublings_and_halvings() -> None:
+    S_P, eta_P = np.array([0.5, 1.0, 4.0, 1.0, 2.0, 1.0]), np.array([0.2, 0.1, 0.1, 0.05, 0.025, 0.0])
+    np.testing.assert_allclose(SEEN.reach(S_P, eta_P), [0, 0, 2, 1, 3, np.log2(10)])
+
+
+def test_half_width_is_students() -> None:
+    expected = Expected(4e-6, np.diag([1e-6, 0.0]), np.array([False, True]), SEEN)
+    J_PxI = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    half_P = Spread(expected, 1.5, 4).half_width(J_PxI, np.array([1.0, 2.0, 1.0]), np.full(3, 0.1), 0.9)
+    one = stats.t(4).ppf(0.95) * 1.5 * np.sqrt(5e-6)
+    np.testing.assert_allclose(half_P, [one, 2 * one, np.inf])  # the last rests on a constant nothing is known of
+
+
+def test_factor_is_the_root_mean_square_surprise() -> None:
+    def holdout(error: float) -> Holdout:
+        return Holdout("", "", 1.0, np.ones(5), np.full(5, 1 + error), np.full(5, 0.01))
+
+    expected = Expected(0.0, np.zeros((1, 1)), np.zeros(1, bool), SEEN)
+    spread = spread_of(expected, [holdout(0.01), holdout(0.03)])
+    assert spread.factor == pytest.approx(np.sqrt((1 + 9) / 2))
+    assert spread.dof == 2
+
+
+def test_score_of_a_constant_loss_has_no_r2() -> None:
+    assert np.isnan(score_of(np.ones(3), np.ones(3))["r2"])
+
+
+def test_intervals_hold_what_follows_the_law() -> None:
+    """Runs that follow the law up to noise that neighbours share: 90% intervals hold 90% or more of other runs."""
+    steps, rng = np.arange(100, 2001, 20), np.random.default_rng(0)
+    other = schedule("wsd", 2000, peak=1e-3, warmup=100, decay=0.3)
+    inside = []
+    for _ in range(12):
+        frames = []
+        for name in ("cosine", "constant", "drop"):
+            white = rng.standard_normal(len(steps))
+            noise = 1e-3 * np.convolve(white, np.full(5, 5**-0.5), mode="same")
+            loss_T = np.full(2000, np.nan)
+            loss_T[steps - 1] = law(SHAPES[name], steps) * np.exp(noise)
+            frames.append(pd.DataFrame({"run": name, "step": np.arange(1, 2001), "eta": SHAPES[name], "loss": loss_T}))
+        forecast = fit_curve(pd.concat(frames)).forecast(other, steps)
+        measured = law(other, steps) * np.exp(1e-3 * rng.standard_normal(len(steps)))
+        inside.append(((forecast["low"] <= measured) & (measured <= forecast["high"])).mean())
+    assert np.mean(inside) >= 0.9
+    assert np.mean(inside) < 1.0  # not for being endlessly wide
