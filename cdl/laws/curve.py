@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from cdl.errors import UserError, unknown
-from cdl.laws import forms
-from cdl.laws.forms import Form, Prepared
+from cdl.laws import baselines, forms
+from cdl.laws.forms import SAME_PEAK, Form, Prepared
 from cdl.laws.holdout import (
     HALF,
     LATER,
@@ -26,7 +26,6 @@ from cdl.laws.holdout import (
     expected_of,
     hold_out,
     join,
-    rates_at,
     score_of,
     spread_of,
 )
@@ -41,7 +40,6 @@ __all__ = ["LAWS", "CurveFit", "compare_laws", "fit_curve", "table_text"]
 
 LAWS = ("convex", "paper", "multipower", "annealing", "functional")
 LEVEL = 0.9  # of forecasts
-_SAME_PEAK = 1.1  # peaks within this factor are one peak
 _SPARE_POINTS = 3  # more points than constants
 _BOUNDARY = 1e-3  # of its range: a shape this near an end is at the end
 _MOST_PASSES, _CLOSE = 4, 0.01  # of the shape, from one pass to the next
@@ -120,7 +118,7 @@ class CurveFit:
         prepared = self.form.prepare(eta_T / self.unit, step_P, self.solution.shape_J)
         loss_P = predict(self.form, prepared, self.solution.shape_J, self.solution.coefficient_K)
         J_PxI = derivatives(self.form, prepared, self.solution)
-        half_P = loss_P * self._spread.half_width(J_PxI, *rates_at(eta_T, step_P), level)
+        half_P = loss_P * self._spread.half_width(J_PxI, eta_T, step_P, level)
         return loss_P, loss_P - half_P, loss_P + half_P
 
     @functools.cached_property
@@ -145,9 +143,9 @@ class CurveFit:
         lowest = min(float(t.eta_T[t.step_P - 1].min()) for t in self.fitted)
         furthest = max(float(t.eta_T[: t.step_P[-1]].sum()) for t in self.fitted)
         peak, last = float(eta_T.max()), float(eta_T[-1])
-        if not min(peaks) / _SAME_PEAK <= peak <= max(peaks) * _SAME_PEAK:
+        if not min(peaks) / SAME_PEAK <= peak <= max(peaks) * SAME_PEAK:
             found.append(
-                f"it peaks at {peak:.4g}, the runs fitted at {_span(peaks)}; no law carries well from one peak rate to "
+                f"it peaks at {peak:.4g}, the runs fitted at {_span(peaks)}; laws carry badly from one peak rate to "
                 f"another"
             )
         if last < lowest / 2 and lowest > 0:
@@ -238,8 +236,8 @@ def fit_curve(
       until: the part of each run to fit, of its recorded steps; 0.5 fits the first half and leaves the second for
         comparison.
       after: leave out losses recorded at this step or before: early training follows no law of the rates.
-      across_peaks: give the convex law its sixth constant, which carries it from one peak rate to another; if None,
-        when the runs have several.
+      across_peaks: fit r of the convex law, the sixth constant, which carries it from one peak rate to another; if
+        None, when the runs have several.
 
     Raises:
       UserError: unknown law; too few points; losses that are constant or not positive; losses before the first
@@ -262,9 +260,12 @@ def fit_curve(
             rest.append(_points(t, ~early_P))
     loss_P = np.concatenate([t.loss_P for t in fitted])
     peaks = [float(t.eta_T.max()) for t in fitted]
-    if across_peaks is None:
-        across_peaks = law == "convex" and max(peaks) > _SAME_PEAK * min(peaks)
-    form = _form(law, across_peaks)
+    form = _form(law)
+    if law == "convex" and across_peaks is False:
+        form = forms.convex()
+    form = form.suited(peaks)
+    if across_peaks and "r" not in form.shape:
+        raise UserError(f"across_peaks needs runs of several peak rates, all peak at {_span(peaks)}; leave it out")
     constants = len(form.shape) + len(form.coefficients)
     if len(loss_P) < constants + _SPARE_POINTS:
         raise UserError(
@@ -330,15 +331,14 @@ def table_text(table: pd.DataFrame) -> str:
     return table.to_string(formatters=formatters, index=table.index.name is not None)
 
 
-def _form(law: str, across_peaks: bool) -> Form:
-    if law == "convex":
-        return forms.convex(across_peaks)
-    if law == "paper":
-        return forms.paper
-    from cdl.laws import baselines
-
-    return {"paper": forms.paper, "multipower": baselines.multipower, "annealing": baselines.annealing,
-            "functional": baselines.functional}[law]  # fmt: skip
+def _form(law: str) -> Form:
+    return {
+        "convex": forms.convex(across_peaks=True),
+        "paper": forms.paper,
+        "multipower": baselines.multipower,
+        "annealing": baselines.annealing,
+        "functional": baselines.functional,
+    }[law]
 
 
 def _are_trajectories(runs: Runs) -> bool:
@@ -413,7 +413,8 @@ def _doubts(form: Form, solution: Solution, fitted: Sequence[Trajectory]) -> tup
         if c == 0:
             found.append(f"{name} = 0: the data do not ask for this term")
     for name, x, low, high in zip(form.shape, solution.shape_J, form.low, form.high, strict=True):
-        if min(x - low, high - x) < _BOUNDARY * (high - low):
+        at, *ends = np.log([x, low, high]) if low > 0 else (x, low, high)
+        if min(at - ends[0], ends[1] - at) < _BOUNDARY * (ends[1] - ends[0]):
             found.append(f"{name} = {x:.4g} is at the end of its range [{low:g}, {high:g}]")
     return tuple(found)
 
@@ -424,7 +425,7 @@ def _named(form: Form, solution: Solution) -> dict[str, float]:
 
 
 def _span(x: Sequence[float]) -> str:
-    return f"{min(x):.4g}" if max(x) <= _SAME_PEAK * min(x) else f"{min(x):.4g} to {max(x):.4g}"
+    return f"{min(x):.4g}" if max(x) <= SAME_PEAK * min(x) else f"{min(x):.4g} to {max(x):.4g}"
 
 
 def _runs(n: int) -> str:

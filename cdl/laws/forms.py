@@ -10,7 +10,7 @@ largest rate of the runs fitted, which keeps the search well scaled; `natural` u
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -21,8 +21,9 @@ from jax import Array
 from cdl.errors import UserError
 from cdl.theory.cauchy import causal_sum
 
-__all__ = ["Form", "Prepared", "convex", "paper", "positive_steps", "without"]
+__all__ = ["SAME_PEAK", "Form", "Prepared", "convex", "paper", "positive_steps", "without"]
 
+SAME_PEAK = 1.1  # peak rates within this factor are one
 Prepared = dict[str, np.ndarray]  # what a form knows of each recorded point, first axis P
 
 
@@ -38,6 +39,7 @@ class Form:
       form whose columns are interpolated in the shape makes them exact near `around_J` if that is given.
     columns: (shape_J, prepared) -> [P, K], differentiable in the shape; traced by JAX.
     natural: (params, unit) -> params for rates as they were given.
+    one_peak: the form to fit instead where all runs have the same peak rate, which leaves a constant of this one open.
     """
 
     name: str
@@ -50,6 +52,11 @@ class Form:
     prepare: Callable[[np.ndarray, np.ndarray, np.ndarray | None], Prepared]
     columns: Callable[[Array, dict[str, Array]], Array]
     natural: Callable[[dict[str, float], float], dict[str, float]]
+    one_peak: "Form | None" = None
+
+    def suited(self, peaks: Sequence[float]) -> "Form":
+        """This form, or `one_peak` for runs that peak at the same rate, within 10%."""
+        return self.one_peak if self.one_peak and max(peaks) <= SAME_PEAK * min(peaks) else self
 
 
 @functools.cache
@@ -82,57 +89,53 @@ def positive_steps(eta_T: np.ndarray, step_P: np.ndarray) -> tuple[np.ndarray, n
 
 # --- The convex law ------------------------------------------------------------------------------------------------
 
-# The noise sum is an entire function of p and q, and comes from its values at Chebyshev nodes: wide apart to find the
+# The noise sum is an entire function of p and comes from its values at Chebyshev nodes: wide apart to find the
 # constants, then close about them, where four are good to 1e-8 (tested).
-_TOGETHER = 4  # sums at once
-_WIDE_P, _WIDE_P_NODES = (-0.5, 1.5), 12
-_WIDE_Q, _WIDE_Q_NODES = (-1.0, 1.0), 8
+_WIDE, _WIDE_NODES = (-0.5, 1.5), 12
 _NEAR, _NEAR_NODES = 0.02, 4
+_TOGETHER = 4  # sums at once
+_R = 0.5  # how rates count at another peak, where the runs do not tell (docs/laws.md)
 
 
 @functools.cache
 def convex(across_peaks: bool = False) -> Form:
     """The forecasting law of this project (docs/laws.md),
 
-        L_tau = L_inf + A S_tau^-alpha + B sum_{t <= tau} eta_t^(2+q) S_t^-p / (S_tau - S_{t-1}),
+        L_tau = L_inf + A S_tau^-alpha + B sum_{t <= tau} x_t² S_t^-p / (S_tau - S_{t-1}),
+        x_t = eta_t / eta_peak^r,    S_k = x_1 + .. + x_k.
 
-    with q = 0, five parameters, unless `across_peaks`: then q is fitted too.
+    Among runs of one peak rate r changes nothing, and it is 1/2; with `across_peaks` it is fitted, the sixth constant.
     """
 
     def prepare(eta_T: np.ndarray, step_P: np.ndarray, around_J: np.ndarray | None) -> Prepared:
         eta_T, index_P = positive_steps(eta_T, step_P)
-        p_range, p_K, q_range, q_Q = _WIDE_P, _nodes(_WIDE_P, _WIDE_P_NODES), _WIDE_Q, _nodes(_WIDE_Q, _WIDE_Q_NODES)
-        if around_J is not None:
-            p_range, q_range = ((x - _NEAR, x + _NEAR) for x in (around_J[1], around_J[2] if across_peaks else 0.0))
-            p_K, q_Q = _nodes(p_range, _NEAR_NODES), _nodes(q_range, _NEAR_NODES)
-        if not across_peaks:
-            q_Q = np.zeros(1)
-        S_T = np.cumsum(eta_T)
-        log_S_T, log_eta_T, log_S_P = np.log(S_T), np.log(eta_T), np.log(S_T[index_P])
-        noise_QxKxP = np.stack(  # S_tau^p times the sum varies less with p than the sum
-            [
-                _sums_so_far(eta_T, np.exp((2 + q) * log_eta_T - p_K[:, None] * log_S_T), index_P)
-                * np.exp(p_K[:, None] * log_S_P)
-                for q in q_Q
-            ]
-        )
-        noise_QxKxP = np.einsum("ab,cd,bdp->acp", _to_coefficients(len(q_Q)), _to_coefficients(len(p_K)), noise_QxKxP)
-        ends = {"p_range": p_range, "q_range": q_range}
-        return {"log_S": log_S_P, "noise": np.moveaxis(noise_QxKxP, 2, 0)} | {
-            name: np.tile(span, (len(step_P), 1)) for name, span in ends.items()
+        p_range = _WIDE if around_J is None else (around_J[1] - _NEAR, around_J[1] + _NEAR)
+        p_K = _nodes(p_range, _WIDE_NODES if around_J is None else _NEAR_NODES)
+        log_S_T = np.log(np.cumsum(eta_T))
+        log_S_P = log_S_T[index_P]
+        sums_KxP = _sums_so_far(eta_T, eta_T**2 * np.exp(-p_K[:, None] * log_S_T), index_P)
+        noise_KxP = sums_KxP * np.exp(p_K[:, None] * log_S_P)  # varies less with p than the sums
+        return {
+            "log_S": log_S_P,
+            "noise": (_to_coefficients(len(p_K)) @ noise_KxP).T,
+            "p_range": np.tile(p_range, (len(step_P), 1)),
+            "log_peak": np.full(len(step_P), np.log(eta_T.max())),
         }
 
     def columns(shape_J: Array, prepared: dict[str, Array]) -> Array:
-        log_S_P, noise_PxQxK = prepared["log_S"], prepared["noise"]
-        T_PxK = _chebyshev(shape_J[1], prepared["p_range"], noise_PxQxK.shape[2])
-        T_PxQ = _chebyshev(shape_J[2], prepared["q_range"], noise_PxQxK.shape[1]) if across_peaks else None
-        noise_PxK = noise_PxQxK[:, 0] if T_PxQ is None else jnp.einsum("pqk,pq->pk", noise_PxQxK, T_PxQ)
-        noise_P = (noise_PxK * T_PxK).sum(1) * jnp.exp(-shape_J[1] * log_S_P)
-        return jnp.stack([jnp.ones_like(log_S_P), jnp.exp(-shape_J[0] * log_S_P), noise_P], 1)
+        alpha, p = shape_J[0], shape_J[1]
+        r = shape_J[2] if across_peaks else _R
+        noise_PxK = prepared["noise"]
+        T_PxK = _chebyshev(p, prepared["p_range"], noise_PxK.shape[1])
+        log_scale_P = -r * prepared["log_peak"]  # of x_t over eta_t
+        falling_P = jnp.exp(-alpha * (prepared["log_S"] + log_scale_P))
+        noise_P = (noise_PxK * T_PxK).sum(1) * jnp.exp(-p * prepared["log_S"] + (1 - p) * log_scale_P)
+        return jnp.stack([jnp.ones_like(noise_P), falling_P, noise_P], 1)
 
     def natural(params: dict[str, float], unit: float) -> dict[str, float]:
-        A = params["A"] * unit ** params["alpha"]
-        B = params["B"] * unit ** (params["p"] - 1 - params.get("q", 0.0))
+        scale = unit ** (1 - params.get("r", _R))  # of x_t for rates as given over x_t for those in units
+        A = params["A"] * scale ** params["alpha"]
+        B = params["B"] * scale ** (params["p"] - 1)
         return params | {"A": A, "B": B}
 
     starts = ((0.3, 0.1), (0.5, 0.2), (0.8, 0.2), (0.5, 0.6), (1.0, 0.0))
@@ -140,13 +143,14 @@ def convex(across_peaks: bool = False) -> Form:
         name="convex",
         title="convex law" + (" across peak rates" if across_peaks else ""),
         coefficients=("L_inf", "A", "B"),
-        shape=("alpha", "p", "q") if across_peaks else ("alpha", "p"),
-        low=(0.02, _WIDE_P[0]) + ((_WIDE_Q[0],) if across_peaks else ()),
-        high=(3.0, _WIDE_P[1]) + ((_WIDE_Q[1],) if across_peaks else ()),
-        starts=tuple((*s, q) for s in starts for q in (0.0, -0.5)) if across_peaks else starts,
+        shape=("alpha", "p", "r") if across_peaks else ("alpha", "p"),
+        low=(0.02, _WIDE[0]) + ((-1.0,) if across_peaks else ()),
+        high=(3.0, _WIDE[1]) + ((2.0,) if across_peaks else ()),
+        starts=tuple((*s, _R) for s in starts) if across_peaks else starts,
         prepare=prepare,
         columns=columns,
         natural=natural,
+        one_peak=convex() if across_peaks else None,
     )
 
 

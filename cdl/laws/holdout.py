@@ -27,7 +27,6 @@ __all__ = [
     "expected_of",
     "hold_out",
     "join",
-    "rates_at",
     "score_of",
     "spread_of",
 ]
@@ -37,7 +36,7 @@ HALF = 0.5
 _CUTS = (HALF, 0.35, 0.7)  # of each run's steps
 _MOST_FOLDS = 10  # with more runs than this, several are left out at once
 _FEWEST = 4  # points to compare with
-_LOWEST = 10.0  # rates below a tenth of the lowest fitted gain little more
+_LOWEST = 10.0  # rates further below the lowest fitted than that gain little more
 _ROUNDING = 1e-6  # of a recorded loss: residuals are not smaller
 
 
@@ -64,16 +63,19 @@ class Holdout:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the points fitted have seen of the rates: the largest sum of them, and the lowest rate."""
+    """What the points fitted have seen of the rates: the largest sum of them, the lowest rate, and the peaks."""
 
     sum: float
     lowest: float
+    peaks: tuple[float, float]
 
-    def reach(self, S_P: np.ndarray, eta_P: np.ndarray) -> np.ndarray:
-        """How far points lie beyond, in doublings of the sum of rates and halvings of the rate, up to a tenth."""
+    def reach(self, eta_T: np.ndarray, step_P: np.ndarray) -> np.ndarray:
+        """How far points of a run lie beyond, in factors of 2: sum of rates, rate down to a tenth, and peak; [P]."""
+        S_P, eta_P, peak = np.cumsum(eta_T)[step_P - 1], eta_T[step_P - 1], float(eta_T.max())
         further_P = np.log2(np.maximum(S_P / self.sum, 1))
-        lower_P = np.log2(np.clip(self.lowest / np.maximum(eta_P, self.lowest / _LOWEST), 1, _LOWEST))
-        return further_P + lower_P
+        floor = max(self.lowest / _LOWEST, 1e-300)
+        lower_P = np.log2(np.maximum(self.lowest / np.maximum(eta_P, floor), 1))
+        return further_P + lower_P + abs(math.log2(peak / float(np.clip(peak, *self.peaks))))
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,14 @@ class Expected:
     blind_I: np.ndarray
     seen: Seen
 
-    def error(self, derivatives_PxI: np.ndarray, S_P: np.ndarray, eta_P: np.ndarray) -> np.ndarray:
+    def error(self, derivatives_PxI: np.ndarray, eta_T: np.ndarray, step_P: np.ndarray) -> np.ndarray:
         """Standard deviation of a loss about its prediction, relative to the loss; [P].
 
-        What residuals and constants give, once more for each doubling and halving of `Seen.reach`: a law is not
-        exact, and less so the further it is carried. Infinite where it rests on constants nothing is known of.
+        What residuals and constants give, once more for each factor of 2 of `Seen.reach`: a law is not exact, and
+        less so the further it is carried. Infinite where it rests on constants nothing is known of.
         """
         constants_P = np.einsum("pi,ij,pj->p", derivatives_PxI, self.covariance_IxI, derivatives_PxI)
-        error_P = np.sqrt(self.variance + constants_P) * (1 + self.seen.reach(S_P, eta_P))
+        error_P = np.sqrt(self.variance + constants_P) * (1 + self.seen.reach(eta_T, step_P))
         return np.where((derivatives_PxI[:, self.blind_I] != 0).any(1), np.inf, error_P)
 
 
@@ -112,10 +114,12 @@ class Spread:
     factor: float
     dof: int
 
-    def half_width(self, derivatives_PxI: np.ndarray, S_P: np.ndarray, eta_P: np.ndarray, level: float) -> np.ndarray:
+    def half_width(
+        self, derivatives_PxI: np.ndarray, eta_T: np.ndarray, step_P: np.ndarray, level: float
+    ) -> np.ndarray:
         """Half the width of the interval at points, relative to the loss; Student t."""
         t = float(stats.t.ppf((1 + level) / 2, self.dof))
-        return t * self.factor * self.expected.error(derivatives_PxI, S_P, eta_P)
+        return t * self.factor * self.expected.error(derivatives_PxI, eta_T, step_P)
 
 
 def score_of(predicted_P: np.ndarray, loss_P: np.ndarray) -> dict[str, float]:
@@ -151,13 +155,15 @@ def hold_out(form: Form, fitted: Sequence[Trajectory], prepared: Sequence[Prepar
         loss_P = np.concatenate([t.loss_P for t in part])
         if len(loss_P) < least or np.ptp(loss_P) == 0:
             return
-        solution = solve(form, join(rows), loss_P)
-        expected = expected_of(form, solution, part, rows)
+        peaks = [float(t.eta_T.max()) for t in part if len(t.step_P)]
+        suited = form.suited(peaks)
+        solution = solve(suited, join(rows), loss_P)
+        expected = expected_of(suited, solution, part, rows)
         for t, p, keep_P in zip(fitted, prepared, in_sample, strict=True):
             if (~keep_P).sum() >= _FEWEST:
                 out, row = _points(t, ~keep_P), {k: v[~keep_P] for k, v in p.items()}
-                predicted_P = predict(form, row, solution.shape_J, solution.coefficient_K)
-                error_P = expected.error(derivatives(form, row, solution), *rates_at(out.eta_T, out.step_P))
+                predicted_P = predict(suited, row, solution.shape_J, solution.coefficient_K)
+                error_P = expected.error(derivatives(suited, row, solution), out.eta_T, out.step_P)
                 found.append(Holdout(kind, t.run, cut, out.loss_P, predicted_P, error_P))
 
     for cut in _CUTS:
@@ -188,9 +194,11 @@ def expected_of(form: Form, solution: Solution, fitted: Sequence[Trajectory], pr
     scaled_PxI = J_PxI * open_I
     information_IxI = scaled_PxI.T @ scaled_PxI * (1 - alike) / (1 + alike) / variance + np.eye(len(open_I))
     covariance_IxI = np.linalg.inv(information_IxI) * np.outer(open_I, open_I)
-    at = [rates_at(t.eta_T, t.step_P) for t in fitted if len(t.step_P)]
-    seen = Seen(max(float(S_P.max()) for S_P, _ in at), min(float(eta_P.min()) for _, eta_P in at))
-    return Expected(variance, covariance_IxI, (J_PxI == 0).all(0), seen)
+    seen = [t for t in fitted if len(t.step_P)]
+    peaks = [float(t.eta_T.max()) for t in seen]
+    furthest = max(float(t.eta_T[: t.step_P[-1]].sum()) for t in seen)
+    lowest = min(float(t.eta_T[t.step_P - 1].min()) for t in seen)
+    return Expected(variance, covariance_IxI, (J_PxI == 0).all(0), Seen(furthest, lowest, (min(peaks), max(peaks))))
 
 
 def spread_of(expected: Expected, holdouts: Sequence[Holdout]) -> Spread:
@@ -199,11 +207,6 @@ def spread_of(expected: Expected, holdouts: Sequence[Holdout]) -> Spread:
     if not surprises:
         return Spread(expected, 1.0, 1)
     return Spread(expected, max(1.0, float(np.sqrt(np.mean(np.square(surprises))))), len(surprises))
-
-
-def rates_at(eta_T: np.ndarray, step_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the rates up to steps, and the rates there; [P] each."""
-    return np.cumsum(eta_T)[step_P - 1], eta_T[step_P - 1]
 
 
 def _points(t: Trajectory, keep_P: np.ndarray) -> Trajectory:

@@ -10,18 +10,22 @@ from cdl.laws.holdout import Expected, Holdout, Seen, Spread, score_of, spread_o
 from cdl.schedules import schedule
 from tests.laws.test_curve import SHAPES, law
 
-SEEN = Seen(sum=1.0, lowest=0.1)
+SEEN = Seen(sum=1.0, lowest=0.1, peaks=(0.2, 0.5))
 
 
-def test_reach_counts_doublings_and_halvings() -> None:
-    S_P, eta_P = np.array([0.5, 1.0, 4.0, 1.0, 2.0, 1.0]), np.array([0.2, 0.1, 0.1, 0.05, 0.025, 0.0])
-    np.testing.assert_allclose(SEEN.reach(S_P, eta_P), [0, 0, 2, 1, 3, np.log2(10)])
+def test_reach_counts_factors_of_two() -> None:
+    """Of the sum of rates beyond 1, of the rate below 0.1 down to a tenth of it, and of the peak beyond 0.2 to 0.5."""
+    eta_T = np.array([0.5, 0.5, 0.5, 0.5, 2.0, 0.05, 0.0]) / 2
+    np.testing.assert_allclose(SEEN.reach(eta_T[:4], np.array([1, 4])), [0, 0])
+    np.testing.assert_allclose(SEEN.reach(eta_T, np.array([4, 5, 6])), [1, 2, 1 + np.log2(2.025) + 2], rtol=1e-12)
+    assert SEEN.reach(eta_T, np.array([7]))[0] == pytest.approx(1 + np.log2(2.025) + np.log2(10))
+    assert SEEN.reach(np.array([0.1]), np.array([1]))[0] == 1
 
 
 def test_half_width_is_students() -> None:
     expected = Expected(4e-6, np.diag([1e-6, 0.0]), np.array([False, True]), SEEN)
     J_PxI = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    half_P = Spread(expected, 1.5, 4).half_width(J_PxI, np.array([1.0, 2.0, 1.0]), np.full(3, 0.1), 0.9)
+    half_P = Spread(expected, 1.5, 4).half_width(J_PxI, np.full(8, 0.25), np.array([4, 8, 4]), 0.9)
     one = stats.t(4).ppf(0.95) * 1.5 * np.sqrt(5e-6)
     np.testing.assert_allclose(half_P, [one, 2 * one, np.inf])  # the last rests on a constant nothing is known of
 

@@ -13,7 +13,7 @@ STEPS = np.arange(100, 2001, 40)
 SCHEDULES = [
     schedule("cosine", 2000, warmup=100, final=0.1),
     schedule("constant", 2000, warmup=100),
-    schedule("step", 2000, at=(0.4,), factor=0.2, warmup=100),
+    schedule("step", 2000, peak=0.3, at=(0.4,), factor=0.2, warmup=100),  # another peak, for r
 ]
 
 
@@ -25,7 +25,7 @@ def prepared(form: Form, around_J: np.ndarray | None = None) -> Prepared:
     ("form", "shape_J", "coefficient_K"),
     [
         (convex(), [0.55, 0.2], [3.0, 20.0, 0.1]),
-        (convex(across_peaks=True), [0.5, 0.3, -0.4], [2.7, 10.0, 0.3]),
+        (convex(across_peaks=True), [0.5, 0.3, 0.7], [2.7, 10.0, 0.3]),
         (paper, [], [3.0, 50.0, 0.02]),
     ],
     ids=lambda x: getattr(x, "title", ""),
