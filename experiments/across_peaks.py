@@ -13,8 +13,9 @@ peak rate, but several rates at which the runs end. Prints four tables:
   (d) fitted to the curves that end at one rate, against those that end at others.
 
 "r" stands for a law in rates divided by the r-th power of their run's peak rate: then D2 and A^(1/alpha) grow with the
-peak rate as its r-th power, G2 and B^(1/(1-p)) fall so, and within a run nothing changes. r = 0.5 takes no constant
-more. "q" is the sixth constant of `cdl.fit_curve(across_peaks=True)`. Writes across_peaks.png (the laws of (b) along
+peak rate as its r-th power, G2 and B^(1/(1-p)) fall so, and within a run nothing changes. The convex law has r = 0.5
+unless it is fitted; A and B of one run are for rates so divided, those of the groups in (c) for rates as they are.
+Writes across_peaks.png (the laws of (b) along
 the step) and across_peaks_{alone,other,joint,ends}.csv. No training; some minutes on a CPU.
 """
 
@@ -30,7 +31,6 @@ import pandas as pd
 from jax import Array
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.optimize import minimize_scalar
 
 from cdl.errors import UserError
 from cdl.laws.curve import CurveFit, fit_curve
@@ -50,25 +50,25 @@ class Law:
     """A law of `fit_curve`, in rates divided by the r-th power of their run's peak rate."""
 
     name: str
-    across_peaks: bool = False
     r: float = 0.0
 
     def fit(self, runs: "Runs") -> CurveFit:
         """It knows rates as `rates` gives them."""
-        return fit_curve([self.rates(t) for t in runs], self.name, across_peaks=self.across_peaks)
+        return fit_curve([self.rates(t) for t in runs], self.name, across_peaks=False)
 
     def rates(self, t: Trajectory) -> Trajectory:
-        return dataclasses.replace(t, eta_T=t.eta_T / peak(t) ** self.r)
+        # The convex law divides what it is given by the square root of its peak.
+        power = 1 - 2 * self.r if self.name == "convex" else -self.r
+        return dataclasses.replace(t, eta_T=t.eta_T * peak(t) ** power)
 
 
 CARRIED = {
     "paper": Law("paper"),
     "paper, r = 0.5": Law("paper", r=0.5),
-    "convex": Law("convex"),
-    "convex, q": Law("convex", across_peaks=True),
-    "convex, r = 0.5": Law("convex", r=0.5),
+    "convex, r = 0": Law("convex"),
+    "convex": Law("convex", r=0.5),
 }
-ONE_PEAK = {name: CARRIED[name] for name in ("paper", "convex", "convex, q")}  # where r changes nothing
+ONE_PEAK = {name: CARRIED[name] for name in ("paper", "convex")}  # where r changes nothing
 Runs = Sequence[Trajectory]
 
 
@@ -191,8 +191,8 @@ def own_by_group(form: Form, groups: Sequence[str]) -> Form:
 def fit_own(form: Form, groups: Mapping[str, Runs]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Fit `own_by_group`: the constants, and the predicted losses of each run by its name."""
     own = own_by_group(form, list(groups))
-    unit = max(peak(t) for runs in groups.values() for t in runs)
-    every = [(g, t) for g, runs in enumerate(groups.values()) for t in runs]
+    every = [(g, Law(form.name).rates(t)) for g, runs in enumerate(groups.values()) for t in runs]
+    unit = max(peak(t) for _, t in every)
     loss_P = np.concatenate([t.loss_P for _, t in every])
 
     def prepare(around_J: np.ndarray | None) -> list[dict[str, np.ndarray]]:
@@ -219,15 +219,6 @@ def fit_own(form: Form, groups: Mapping[str, Runs]) -> tuple[dict[str, float], d
     return params, predicted
 
 
-def fitted_r(runs: Runs) -> Law:
-    """The convex law with the r that fits best."""
-
-    def objective(r: float) -> float:
-        return Law("convex", r=r).fit(runs).objective
-
-    return Law("convex", r=float(minimize_scalar(objective, bounds=(-0.5, 1.5), options=dict(xatol=1e-3)).x))
-
-
 def in_sample(groups: Mapping[str, Runs], predicted: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Means over runs of `score_of`, and mean relative errors by group."""
     runs = [t for these in groups.values() for t in these]
@@ -242,17 +233,16 @@ def joint(models: Mapping[str, Mapping[str, Runs]]) -> pd.DataFrame:
     for model, groups in models.items():
         runs = [t for these in groups.values() for t in these]
         several = len(grouped(runs, peak)) > 1
-        laws = CARRIED if several else {name: ONE_PEAK[name] for name in ("paper", "convex")}
-        for name, law in laws.items():
+        for name, law in (CARRIED if several else ONE_PEAK).items():
             fit = law.fit(runs)
             predicted = {t.run: fit.predict(t.eta_T, t.step_P) for t in fit.fitted}
             rows.append({"model": model, "law": name, "params": fit.params} | in_sample(groups, predicted))
         if several:
-            law = fitted_r(runs)
-            fit = law.fit(runs)
+            fit = fit_curve(runs)
             predicted = {t.run: fit.predict(t.eta_T, t.step_P) for t in fit.fitted}
-            params = fit.params | {"r": law.r}
-            rows.append({"model": model, "law": "convex, r fitted", "params": params} | in_sample(groups, predicted))
+            rows.append(
+                {"model": model, "law": "convex, r fitted", "params": fit.params} | in_sample(groups, predicted)
+            )
         for form in (paper, convex()):
             params, predicted = fit_own(form, groups)
             name = f"{form.name}, own {' and '.join(form.coefficients[1:])}"

@@ -79,6 +79,23 @@ class CurveFit:
         return self.form.natural(_named(self.form, self.solution), self.unit)
 
     @property
+    def standard_errors(self) -> dict[str, float]:
+        """Of `params`: from the residuals, times what held-out points make of them; infinite where nothing is known."""
+        values = _named(self.form, self.solution)
+        names = [*self.form.shape, *self.form.coefficients]
+        slopes = []
+        for name in names:  # of the natural constants in those of the fit
+            step = 1e-6 * max(abs(values[name]), 1e-6)
+            up, down = (self.form.natural(values | {name: values[name] + h}, self.unit) for h in (step, -step))
+            slopes.append([(up[x] - down[x]) / (2 * step) for x in names])
+        slope_IxI = np.array(slopes).T
+        expected = self._spread.expected
+        variance_I = np.einsum("ai,ij,aj->a", slope_IxI, expected.covariance_IxI, slope_IxI)
+        blind_I = (slope_IxI[:, expected.blind_I] != 0).any(1)
+        error_I = np.where(blind_I, np.inf, self._spread.factor * np.sqrt(variance_I))
+        return dict(zip(names, error_I.tolist(), strict=True))
+
+    @property
     def objective(self) -> float:
         """Sum of Huber's function of the log residuals at the fitted points (`cdl.laws.solve`)."""
         pairs = [(self.predict(t.eta_T, t.step_P), t.loss_P) for t in self.fitted]
@@ -205,7 +222,8 @@ class CurveFit:
 
     def summary(self) -> str:
         """Constants, figures in and out of sample, and warnings as text."""
-        constants = ", ".join(f"{k} = {v:.5g}" for k, v in self.params.items())
+        errors = self.standard_errors
+        constants = ", ".join(f"{k} = {v:.4g} ± {errors[k]:.1g}" for k, v in self.params.items())
         points = sum(len(t.step_P) for t in self.fitted)
         lines = [f"{self.form.title}: {constants}", f"Fitted to {points} losses of {_runs(len(self.fitted))}."]
         table = self.table()
@@ -268,9 +286,12 @@ def fit_curve(
         raise UserError(f"across_peaks needs runs of several peak rates, all peak at {_span(peaks)}; leave it out")
     constants = len(form.shape) + len(form.coefficients)
     if len(loss_P) < constants + _SPARE_POINTS:
+        where = (f" after step {after}" if after else "") + (
+            f" in the first {until:.0%} of the runs" if until < 1 else ""
+        )
         raise UserError(
-            f"{len(loss_P)} recorded losses{f' after step {after}' if after else ''} are too few for the {constants} "
-            f"constants of law={law!r}; record at least {constants + _SPARE_POINTS}"
+            f"{len(loss_P)} recorded losses{where} are too few for the {constants} constants of law={law!r}; give at "
+            f"least {constants + _SPARE_POINTS}"
         )
     if loss_P.min() <= 0:
         raise UserError(f"a loss of {loss_P.min():g} is not positive, and the law is fitted to log losses")

@@ -36,7 +36,7 @@ HALF = 0.5
 _CUTS = (HALF, 0.35, 0.7)  # of each run's steps
 _MOST_FOLDS = 10  # with more runs than this, several are left out at once
 _FEWEST = 4  # points to compare with
-_LOWEST = 10.0  # rates further below the lowest fitted than that gain little more
+_TENTH = 0.1
 _ROUNDING = 1e-6  # of a recorded loss: residuals are not smaller
 
 
@@ -70,11 +70,14 @@ class Seen:
     peaks: tuple[float, float]
 
     def reach(self, eta_T: np.ndarray, step_P: np.ndarray) -> np.ndarray:
-        """How far points of a run lie beyond, in factors of 2: sum of rates, rate down to a tenth, and peak; [P]."""
+        """How far points of a run lie beyond, in factors of 2 of the sum of rates, of the rate and of the peak; [P].
+
+        Rates are counted with a tenth of the peak added: less than that, they gain little more.
+        """
         S_P, eta_P, peak = np.cumsum(eta_T)[step_P - 1], eta_T[step_P - 1], float(eta_T.max())
         further_P = np.log2(np.maximum(S_P / self.sum, 1))
-        floor = max(self.lowest / _LOWEST, 1e-300)
-        lower_P = np.log2(np.maximum(self.lowest / np.maximum(eta_P, floor), 1))
+        added = _TENTH * self.peaks[1]
+        lower_P = np.log2(np.maximum((self.lowest + added) / (eta_P + added), 1))
         return further_P + lower_P + abs(math.log2(peak / float(np.clip(peak, *self.peaks))))
 
 

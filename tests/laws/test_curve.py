@@ -38,10 +38,10 @@ def law(eta_T: np.ndarray, steps: np.ndarray, r: float = 0.5) -> np.ndarray:
 
 
 def table(
-    noise: float = 0.0, shapes: tuple[str, ...] = tuple(SHAPES), scale: float = 1.0, r: float = 0.5
+    noise: float = 0.0, shapes: tuple[str, ...] = tuple(SHAPES), scale: float = 1.0, r: float = 0.5, seed: int = 0
 ) -> pd.DataFrame:
     """Runs that follow the law, a row for every update."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     frames = []
     for name in shapes:
         eta_T, loss_T = SHAPES[name] * scale, np.full(2000, np.nan)
@@ -59,6 +59,15 @@ def test_constants_for_the_rates_as_given() -> None:
         fit.predict(SHAPES["drop"], [850, 1500]), law(SHAPES["drop"], np.array([850, 1500])), rtol=1e-6
     )
     assert len(fit.predict(SHAPES["drop"])) == 2000
+
+
+def test_standard_errors_are_of_the_size_of_the_scatter() -> None:
+    """Constants fitted to the same law under other noise differ by what the errors say, within a factor of 3."""
+    fits = [fit_curve(table(noise=1e-3, seed=seed)) for seed in range(6)]
+    for name in fits[0].params:
+        scatter = np.std([f.params[name] for f in fits], ddof=1)
+        said = np.median([f.standard_errors[name] for f in fits])
+        assert scatter / 3 < said < 3 * scatter, name
 
 
 PUBLISHED = {  # the multi-power law's, and what the issue asks of the law: r2, mae, relative, worst

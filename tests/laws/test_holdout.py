@@ -14,11 +14,12 @@ SEEN = Seen(sum=1.0, lowest=0.1, peaks=(0.2, 0.5))
 
 
 def test_reach_counts_factors_of_two() -> None:
-    """Of the sum of rates beyond 1, of the rate below 0.1 down to a tenth of it, and of the peak beyond 0.2 to 0.5."""
+    """Of the sum of rates beyond 1, of the rate below 0.1 (both with 0.05 added), and of the peak beyond 0.2 to 0.5."""
     eta_T = np.array([0.5, 0.5, 0.5, 0.5, 2.0, 0.05, 0.0]) / 2
     np.testing.assert_allclose(SEEN.reach(eta_T[:4], np.array([1, 4])), [0, 0])
-    np.testing.assert_allclose(SEEN.reach(eta_T, np.array([4, 5, 6])), [1, 2, 1 + np.log2(2.025) + 2], rtol=1e-12)
-    assert SEEN.reach(eta_T, np.array([7]))[0] == pytest.approx(1 + np.log2(2.025) + np.log2(10))
+    reach = SEEN.reach(eta_T, np.array([4, 5, 6, 7]))
+    beyond = 1 + np.log2(2.025)  # peak and sum
+    np.testing.assert_allclose(reach, [1, 2, beyond + np.log2(0.15 / 0.075), beyond + np.log2(0.15 / 0.05)])
     assert SEEN.reach(np.array([0.1]), np.array([1]))[0] == 1
 
 
