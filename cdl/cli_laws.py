@@ -94,6 +94,10 @@ def peak(arguments: argparse.Namespace) -> None:
         if not (table["T"] == arguments.T).any():
             raise UserError(f"--T={arguments.T} is not in {arguments.table}; it has {sorted(set(table['T']))}")
         table = table[table["T"] == arguments.T]
+    elif "T" in table.columns and table["T"].nunique() > 1:
+        raise UserError(
+            f"{arguments.table} has several horizons and (4.1) is for one; give --T={table['T'].max():.10g}"
+        )
     fit = fit_peak(table)
     print(fit.summary())
     if arguments.plot:

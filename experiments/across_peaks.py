@@ -128,10 +128,10 @@ def grouped(runs: Runs, rate: Callable[[Trajectory], float]) -> dict[str, list[T
 
 def doubt(fit: CurveFit) -> str:
     """What `CurveFit.warnings` say, in a few words."""
-    short = {"cannot be told apart": "one rate", "is at the end of its range": "range ends", "do not ask for": "unused"}
+    short = {"cannot be told apart": "one rate", "is at the end of its range": "range ends", "is nothing": "unused"}
     found = []
     for warning in fit.warnings:
-        name = warning.split(" = ")[0] if " = " in warning else ""
+        name = warning.removeprefix("the term of ").split(" ")[0] if " = " in warning or "term of" in warning else ""
         found += [f"{name} {word}".strip() for phrase, word in short.items() if phrase in warning]
     return ", ".join(found)
 

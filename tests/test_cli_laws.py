@@ -29,6 +29,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokens = np.geomspace(1e9, 1e11, 7)
     losses = 2 + 3e4 / np.sqrt(tokens) + 1e-3 * rng.standard_normal(7)
     pd.DataFrame({"tokens": tokens, "loss": losses}).to_csv(tmp_path / "tokens.csv", index=False)
+    (tmp_path / "horizons.csv").write_text("T,eta,loss\n100,0.1,3\n200,0.1,2\n")
     (tmp_path / "flat.csv").write_text("step,lr,loss\n" + "".join(f"{s},0.1,2.5\n" for s in range(1, 30)))
     (tmp_path / "nan.csv").write_text("step,lr,loss\n1,0.1,nan\n2,0.1,nan\n")
     (tmp_path / "words.csv").write_text("step,lr,loss\n1,0.1,good\n")
@@ -115,7 +116,7 @@ def test_peak_and_horizon(logs: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("fit curve words.csv", "words.csv"),
         ("fit curve cosine.csv --law=convx", "invalid choice: 'convx'"),
         ("fit curve cosine.csv --until=2", "until=2.0 must be a part of the run"),
-        ("fit curve cosine.csv --after=1e6", "0 recorded losses after step 1000000 are too few"),
+        ("fit curve cosine.csv --after=1e6", "there are no recorded losses after step 1000000"),
         ("fit curve cosine.csv --loss=los", "los"),
         ("fit curve cosine.csv --schedule=cosine:T=100,peak=1", "shorter"),
         ("fit curve cosine.csv --schedule=cosin:T=100", "cosin"),
@@ -127,6 +128,7 @@ def test_peak_and_horizon(logs: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("fit peak absent.csv", "absent.csv does not exist"),
         ("fit peak tokens.csv", "columns"),
         ("fit peak peaks.csv --T=7", "--T=7 is not in peaks.csv"),
+        ("fit peak horizons.csv", "horizons.csv has several horizons and (4.1) is for one; give --T=200"),
         ("fit horizon peaks.csv --x=tokens", "tokens"),
         ("fit horizon cosine.csv", "T"),
     ],

@@ -43,6 +43,7 @@ LEVEL = 0.9  # of forecasts
 _SPARE_POINTS = 3  # more points than constants
 _BOUNDARY = 1e-3  # of its range: a shape this near an end is at the end
 _MOST_PASSES, _CLOSE = 4, 0.01  # of the shape, from one pass to the next
+_NOTHING = 1e-6  # of the loss
 _FAR = 5.0  # times the sum of rates fitted
 _NO_CHANGE = 0.01  # rates that vary by less than this are constant
 
@@ -269,13 +270,19 @@ def fit_curve(
         raise UserError(f"across_peaks is for law='convex', not {law!r}")
     if not _are_trajectories(runs):
         runs = read_runs(runs)
-    fitted, rest = [], []
+    fitted, rest, empty = [], [], []
     for t in _trajectories(runs):
-        t = _points(t, t.step_P > after)
-        early_P = t.step_P <= until * t.step_P.max(initial=0)
-        fitted.append(_points(t, early_P))
+        late = _points(t, t.step_P > after)
+        early_P = late.step_P <= until * late.step_P.max(initial=0)
+        if early_P.any():
+            fitted.append(_points(late, early_P))
+        else:
+            empty.append(t.run)
         if not early_P.all():
-            rest.append(_points(t, ~early_P))
+            rest.append(_points(late, ~early_P))
+    where = (f" after step {after}" if after else "") + (f" in the first {until:.0%} of the runs" if until < 1 else "")
+    if not fitted:
+        raise UserError(f"there are no recorded losses{where}: nothing to fit")
     loss_P = np.concatenate([t.loss_P for t in fitted])
     peaks = [float(t.eta_T.max()) for t in fitted]
     form = _form(law)
@@ -286,9 +293,6 @@ def fit_curve(
         raise UserError(f"across_peaks needs runs of several peak rates, all peak at {_span(peaks)}; leave it out")
     constants = len(form.shape) + len(form.coefficients)
     if len(loss_P) < constants + _SPARE_POINTS:
-        where = (f" after step {after}" if after else "") + (
-            f" in the first {until:.0%} of the runs" if until < 1 else ""
-        )
         raise UserError(
             f"{len(loss_P)} recorded losses{where} are too few for the {constants} constants of law={law!r}; give at "
             f"least {constants + _SPARE_POINTS}"
@@ -302,8 +306,9 @@ def fit_curve(
         raise UserError(f"all rates of {fitted[0].run} are 0: nothing was trained")
     prepared = [form.prepare(t.eta_T / unit, t.step_P, None) for t in fitted]
     solution = _solve(form, fitted, prepared, loss_P, unit)
-    doubts = (*_differences(runs), *_doubts(form, solution, fitted))
-    return CurveFit(law, form, unit, solution, tuple(fitted), tuple(rest), tuple(prepared), doubts)
+    doubts = [f"{run} has no losses{where} and is left out" for run in empty]
+    doubts += [*_differences(runs), *_doubts(form, solution, fitted, prepared)]
+    return CurveFit(law, form, unit, solution, tuple(fitted), tuple(rest), tuple(prepared), tuple(doubts))
 
 
 def compare_laws(
@@ -421,7 +426,7 @@ def _checked_rates(eta_T: Any, steps: Any) -> tuple[np.ndarray, np.ndarray]:
     return eta_T, step_P
 
 
-def _doubts(form: Form, solution: Solution, fitted: Sequence[Trajectory]) -> tuple[str, ...]:
+def _doubts(form: Form, solution: Solution, fitted: Sequence[Trajectory], prepared: Sequence[Prepared]) -> list[str]:
     """What a person should know before trusting the constants, a sentence each."""
     found = []
     if _constant_rate(fitted):
@@ -430,14 +435,16 @@ def _doubts(form: Form, solution: Solution, fitted: Sequence[Trajectory]) -> tup
             f"the rate is {rate:.4g} at all points fitted: {' and '.join(form.coefficients[1:])} cannot be told "
             f"apart, and forecasts hold at this rate only; add a run whose rate changes"
         )
-    for name, c in zip(form.coefficients[1:], solution.coefficient_K[1:], strict=True):
-        if c == 0:
-            found.append(f"{name} = 0: the data do not ask for this term")
+    rows, J = join(prepared), len(form.shape)
+    share_PxK = derivatives(form, rows, solution)[:, J:] * solution.coefficient_K  # of each term in the loss
+    for name, share in zip(form.coefficients[1:], np.abs(share_PxK).max(0)[1:], strict=True):
+        if share < _NOTHING:
+            found.append(f"the term of {name} is nothing: the losses fitted do not ask for it")
     for name, x, low, high in zip(form.shape, solution.shape_J, form.low, form.high, strict=True):
         at, *ends = np.log([x, low, high]) if low > 0 else (x, low, high)
         if min(at - ends[0], ends[1] - at) < _BOUNDARY * (ends[1] - ends[0]):
             found.append(f"{name} = {x:.4g} is at the end of its range [{low:g}, {high:g}]")
-    return tuple(found)
+    return found
 
 
 def _named(form: Form, solution: Solution) -> dict[str, float]:

@@ -160,6 +160,15 @@ def test_cautions_name_what_was_not_seen() -> None:
     assert "times those of the longest" in fit.cautions(schedule("constant", 20000, peak=1e-3))[0]
 
 
+def test_runs_that_differ_in_size_or_have_no_losses_left_are_named() -> None:
+    runs = table(noise=1e-3)
+    runs["model.d_model"] = np.where(runs["run"] == "drop", 64, 32)
+    fit = fit_curve(runs[(runs["run"] != "constant") | (runs["step"] < 500)], after=600)
+    assert fit.warnings[0] == "constant has no losses after step 600 and is left out"
+    assert "the runs differ in model.d_model (32, 64)" in fit.warnings[1]
+    assert list(fit.table().index) == ["cosine", "drop"]
+
+
 def test_two_fits_are_equal() -> None:
     runs = table(noise=1e-3)
     assert fit_curve(runs).params == fit_curve(runs).params
@@ -208,6 +217,7 @@ def broken(**change: Any) -> pd.DataFrame:
         (broken(eta=0.0), {}, "all rates of cosine are 0"),
         (table(), {"law": "convx"}, "law 'convx'"),
         (table(), {"until": 1.5}, "until=1.5"),
+        (table(), {"after": 2000}, "there are no recorded losses after step 2000"),
         (table(), {"after": 1990}, "3 recorded losses after step 1990 are too few"),
         (table(), {"across_peaks": True}, "across_peaks needs runs of several peak rates, all peak at 0.001"),
         (table(), {"law": "paper", "across_peaks": True}, "across_peaks is for law='convex'"),
