@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from cdl.cli_output import PAGES, check_outputs, save_figure, save_table
-from cdl.cli_output import table_text as words_text
+from cdl.cli_output import PAGES, check_outputs, save_figure, save_table, table_text
 from cdl.errors import UserError
-from cdl.laws.curve import CurveFit, compare_laws, fit_curve, table_text
+from cdl.laws.curve import CurveFit, compare_laws, fit_curve, score_text
 from cdl.laws.figures import curve_figure
 from cdl.laws.horizon import FURTHER, fit_horizon
 from cdl.laws.peak import fit_peak
@@ -26,15 +25,19 @@ __all__ = ["curve", "forecast", "horizon", "peak"]
 
 def curve(arguments: argparse.Namespace) -> None:
     """Fit a law along runs, or compare all laws on them."""
-    check_outputs(arguments, [*arguments.runs, *(arguments.test or [])], PAGES)
+    check_outputs(arguments, [*arguments.runs, *(arguments.test or []), arguments.schedule], PAGES)
     runs = _read(arguments.runs, arguments)
     tests = _read(arguments.test, arguments) if arguments.test else None
+    if tests is not None:  # their rates count from the first update, their losses from where the fit begins
+        tests.loc[tests["step"] <= arguments.after, "loss"] = np.nan
+        if not tests["loss"].notna().any():
+            raise UserError(f"--after={arguments.after} leaves no loss of the runs to test on; use a smaller one")
     options = dict(until=arguments.until, after=arguments.after)
     law, text = arguments.law, ""
     if law == "all":
         with _busy("fitting all laws"):
             compared = compare_laws(runs, tests, **options)
-        text = table_text(compared)
+        text = "\n".join([score_text(compared), *(f"Warning: {w}." for w in compared.attrs["warnings"])])
         print(text)
         law = compared.loc[compared["mae"].idxmin(), "law"]
         if not (arguments.plot or arguments.csv):
@@ -45,7 +48,7 @@ def curve(arguments: argparse.Namespace) -> None:
         if tests is not None:
             scores = fit.scores(tests).set_index("run")
             scores.loc["mean"] = scores.mean()
-            summary += f"\nOther runs, predicted:\n{table_text(scores)}"
+            summary += f"\nOther runs, predicted:\n{score_text(scores)}"
     if not text:
         print(summary)
     if arguments.plot:
@@ -58,7 +61,7 @@ def curve(arguments: argparse.Namespace) -> None:
 
 def forecast(arguments: argparse.Namespace) -> None:
     """Fit a law along runs, and forecast the loss of other schedules."""
-    check_outputs(arguments, [*arguments.runs, *arguments.to], PAGES)
+    check_outputs(arguments, [*arguments.runs, *arguments.to, arguments.schedule], PAGES)
     rates = {text: read_rates(text, arguments.T) for text in dict.fromkeys(arguments.to)}
     runs = _read(arguments.runs, arguments)
     with _busy(f"fitting the law {arguments.law}"):
@@ -72,7 +75,7 @@ def forecast(arguments: argparse.Namespace) -> None:
         rows.append(row | {name: float(last[name]) for name in ("loss", "low", "high")})
     text = (
         f"{fit.summary()}\nLoss after the last update, with {100 * arguments.level:g}% intervals:\n"
-        f"{words_text(pd.DataFrame(rows))}"
+        f"{table_text(pd.DataFrame(rows))}"
     )
     for schedule, eta_T in rates.items():
         for warning in fit.cautions(eta_T):
@@ -99,9 +102,10 @@ def peak(arguments: argparse.Namespace) -> None:
             f"{arguments.table} has several horizons and (4.1) is for one; give --T={table['T'].max():.10g}"
         )
     fit = fit_peak(table)
-    print(fit.summary())
+    text = "\n".join([fit.summary(), *(f"Warning: {w}." for w in fit.warnings)])
+    print(text)
     if arguments.plot:
-        save_figure(fit.plot(), arguments.plot, "Loss against peak rate", fit.summary())
+        save_figure(fit.plot(), arguments.plot, "Loss against peak rate", text)
     if arguments.csv:
         eta = np.geomspace(fit.eta.min(), fit.eta.max(), 200)
         predictions = [fit.predict(float(e)) for e in eta]
@@ -113,7 +117,9 @@ def horizon(arguments: argparse.Namespace) -> None:
     """Fit lines of loss against 1/sqrt(T), 1/sqrt(tokens) or 1/sqrt(FLOPs)."""
     check_outputs(arguments, [arguments.table], PAGES)
     fit = fit_horizon(_table(arguments.table), arguments.x)
-    to = arguments.to or FURTHER * fit.longest
+    to = FURTHER * fit.longest if arguments.to is None else arguments.to
+    if not 0 < to < np.inf:
+        raise UserError(f"--to={to} must be a positive number of {arguments.x}")
     text = "\n".join([fit.summary(to), *(f"Warning: {w}." for w in fit.warnings(to))])
     print(text)
     if arguments.plot:
@@ -144,7 +150,11 @@ def _read(paths: list[str], arguments: argparse.Namespace) -> pd.DataFrame:
 def _table(path: str) -> pd.DataFrame:
     """A sweep, or a CSV or Parquet file with a row for each run."""
     if Path(path).is_dir():
-        return sweep_table(path)
+        table = sweep_table(path)
+        if table["n_params"].nunique() > 1:
+            sizes = ", ".join(map(str, sorted(set(table["n_params"]))))
+            raise UserError(f"{path} holds models of several sizes (n_params = {sizes}); use cdl plan")
+        return table
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; give the folder of a sweep or a CSV file with a row for each run")
     try:
@@ -157,12 +167,12 @@ def _points(fit: CurveFit, tests: pd.DataFrame | None) -> pd.DataFrame:
     """Every loss with its prediction; those not fitted with their intervals."""
     parts = []
     for t in fit.fitted:
-        columns = dict(run=t.run, step=t.step_P, measured=t.loss_P, loss=fit.predict(t.eta_T, t.step_P), fitted=True)
+        columns = dict(run=t.run, step=t.step_P, loss=t.loss_P, predicted=fit.predict(t.eta_T, t.step_P), fitted=True)
         parts.append(pd.DataFrame(columns))
     for t in (*fit.rest, *([] if tests is None else trajectories(tests))):
-        table = fit.forecast(t.eta_T, t.step_P).drop(columns="eta")
+        table = fit.forecast(t.eta_T, t.step_P).drop(columns="eta").rename(columns={"loss": "predicted"})
         table.insert(0, "run", t.run)
-        parts.append(table.assign(measured=t.loss_P.tolist(), fitted=False))
+        parts.append(table.assign(loss=t.loss_P.tolist(), fitted=False))
     return pd.concat(parts, ignore_index=True)
 
 

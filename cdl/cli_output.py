@@ -1,8 +1,9 @@
 """What verbs of the command line print and write: tables, figures, pages. Nothing is written over an input."""
 
 import argparse
+import glob
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -21,7 +22,7 @@ def check_outputs(arguments: argparse.Namespace, inputs: Sequence[str | None], k
     """Before anything is computed: can --plot and --csv be written, and are none of the inputs among them?"""
     if arguments.plot and Path(arguments.plot).suffix not in kinds:
         raise UserError(f"--plot={arguments.plot} must end in {', '.join(kinds[:-1])} or {kinds[-1]}")
-    taken = {Path(name).resolve() for name in inputs if name and Path(name).is_file()}
+    taken = {file.resolve() for name in inputs if name for file in _files(name)}
     for option in ("plot", "csv"):
         name = getattr(arguments, option)
         if name is None:
@@ -34,6 +35,14 @@ def check_outputs(arguments: argparse.Namespace, inputs: Sequence[str | None], k
         if path in taken:
             raise UserError(f"--{option}={name} would overwrite another file of this command; choose another name")
         taken.add(path)
+
+
+def _files(name: str) -> Iterable[Path]:
+    """What an input may read: a file, all in a folder, what a pattern matches."""
+    path = Path(name)
+    if path.is_dir():
+        return path.rglob("*")
+    return [path] if path.is_file() else map(Path, glob.glob(name, recursive=True))
 
 
 def save_figure(figure: Figure, path: str, title: str = "", text: str = "") -> None:

@@ -68,6 +68,8 @@ def cases(curves: Mapping[str, Runs], llama: Mapping[str, Runs]) -> Iterator[Cas
     for part in PARTS:
         for model, runs in (*curves.items(), *llama.items()):
             yield from ((f"one run, first {part:.0%}", model, [t], part, []) for t in runs)
+    for model, runs in curves.items():
+        yield from (("one pilot", model, [t], 1.0, [other for other in runs if other is not t]) for t in runs)
     for kind, names in (("two pilots", PILOTS), ("published split", SPLIT)):
         for model, runs in curves.items():
             yield kind, model, [t for t in runs if t.run in names], 1.0, [t for t in runs if t.run not in names]

@@ -26,6 +26,7 @@ from cdl.laws.holdout import (
     expected_of,
     hold_out,
     join,
+    points_of,
     score_of,
     spread_of,
 )
@@ -36,7 +37,7 @@ from cdl.theory.bounds import checked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LAWS", "CurveFit", "compare_laws", "fit_curve", "table_text"]
+__all__ = ["LAWS", "CurveFit", "compare_laws", "fit_curve", "score_text"]
 
 LAWS = ("convex", "paper", "multipower", "annealing", "functional")
 LEVEL = 0.9  # of forecasts
@@ -107,21 +108,22 @@ class CurveFit:
 
         Args:
           eta_T: rates [T], as given to `cdl.bound`.
-          steps: which steps, integers in 1..T; all of them if None.
+          steps: which steps, integers in 1..T; all from the first positive rate on if None.
 
         Returns:
           Losses, float64 [P].
         """
         eta_T, step_P = _checked_rates(eta_T, steps)
         prepared = self.form.prepare(eta_T / self.unit, step_P, self.solution.shape_J)
-        return predict(self.form, prepared, self.solution.shape_J, self.solution.coefficient_K)
+        return _finite(predict(self.form, prepared, self.solution.shape_J, self.solution.coefficient_K))
 
     def forecast(self, eta_T: Any, steps: Any = None, level: float = LEVEL) -> pd.DataFrame:
         """The loss of a run with these rates, with intervals; columns step, eta, loss, low, high.
 
-        The interval at a step should hold the loss of a new run with probability `level`. Its width comes from what the
-        law got wrong on points it had not been fitted to (`holdouts`), widening with the distance beyond those fitted,
-        and from how well the points fix the constants. Its coverage on published runs is in docs/laws.md.
+        The interval at a step is meant to hold the loss of a new run with probability `level`. Its width comes from
+        what the law got wrong on losses it had not been fitted to (`holdouts`), from how well the losses fix the
+        constants, and from the distance to the nearest loss fitted. How often it holds on published runs is in
+        docs/laws.md.
         """
         if not 0 < level < 1:
             raise UserError(f"level={level} must lie between 0 and 1, such as {LEVEL}")
@@ -134,7 +136,7 @@ class CurveFit:
 
     def _interval(self, eta_T: np.ndarray, step_P: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
         prepared = self.form.prepare(eta_T / self.unit, step_P, self.solution.shape_J)
-        loss_P = predict(self.form, prepared, self.solution.shape_J, self.solution.coefficient_K)
+        loss_P = _finite(predict(self.form, prepared, self.solution.shape_J, self.solution.coefficient_K))
         J_PxI = derivatives(self.form, prepared, self.solution)
         half_P = loss_P * self._spread.half_width(J_PxI, eta_T, step_P, level)
         return loss_P, loss_P - half_P, loss_P + half_P
@@ -158,7 +160,7 @@ class CurveFit:
         eta_T, _ = _checked_rates(eta_T, None)
         found = []
         peaks = [float(t.eta_T[: t.step_P[-1]].max()) for t in self.fitted]
-        lowest = min(float(t.eta_T[t.step_P - 1].min()) for t in self.fitted)
+        lowest = float(_rates(self.fitted).min())
         furthest = max(float(t.eta_T[: t.step_P[-1]].sum()) for t in self.fitted)
         peak, last = float(eta_T.max()), float(eta_T[-1])
         if not min(peaks) / SAME_PEAK <= peak <= max(peaks) * SAME_PEAK:
@@ -229,7 +231,7 @@ class CurveFit:
         lines = [f"{self.form.title}: {constants}", f"Fitted to {points} losses of {_runs(len(self.fitted))}."]
         table = self.table()
         shown = table.loc[:, [c for c in table.columns if c[1] in ("points", "r2", "mae", "worst")]]
-        lines.append(table_text(shown))
+        lines.append(score_text(shown))
         for sample in dict.fromkeys(c[0] for c in table.columns):
             bad = [str(run) for run, r2 in table[(sample, "r2")].items() if r2 < 0]
             if bad:
@@ -264,6 +266,8 @@ def fit_curve(
     """
     if law not in LAWS:
         raise unknown("law", law, LAWS)
+    if after < 0:
+        raise UserError(f"after={after} must be a step, 0 or more")
     if not 0 < until <= 1:
         raise UserError(f"until={until} must be a part of the run, above 0 and at most 1")
     if across_peaks and law != "convex":
@@ -272,14 +276,14 @@ def fit_curve(
         runs = read_runs(runs)
     fitted, rest, empty = [], [], []
     for t in _trajectories(runs):
-        late = _points(t, t.step_P > after)
+        late = points_of(t, t.step_P > after)
         early_P = late.step_P <= until * late.step_P.max(initial=0)
         if early_P.any():
-            fitted.append(_points(late, early_P))
+            fitted.append(points_of(late, early_P))
         else:
             empty.append(t.run)
         if not early_P.all():
-            rest.append(_points(late, ~early_P))
+            rest.append(points_of(late, ~early_P))
     where = (f" after step {after}" if after else "") + (f" in the first {until:.0%} of the runs" if until < 1 else "")
     if not fitted:
         raise UserError(f"there are no recorded losses{where}: nothing to fit")
@@ -321,17 +325,32 @@ def compare_laws(
         from the earlier ones.
 
     Returns:
-      Columns law, parameters, then fitted r2, and r2, mae, relative, worst out of sample, means over runs.
+      Columns law, parameters, then fitted r2, and r2, mae, relative, worst out of sample, means over runs; NaN where a
+      law cannot be fitted to these runs. `attrs["warnings"]`: those of the fits, sentences.
+
+    Raises:
+      UserError: no law can be fitted; there is nothing to test on.
     """
-    fit_list = _trajectories(fit_runs)
-    test_list = None if test_runs is None else _trajectories(test_runs)
-    rows = []
+    if not _are_trajectories(fit_runs):
+        fit_runs = read_runs(fit_runs)
+    tests = [] if test_runs is None else [points_of(t, t.step_P > after) for t in _trajectories(test_runs)]
+    tests = [t for t in tests if len(t.step_P)]
+    if test_runs is not None and not tests:
+        raise UserError(f"the runs to test on have no losses after step {after}; give others, or a smaller after")
+    rows, warnings = [], []
+    problem = None
     for law in laws:
-        fit = fit_curve(fit_list, law, until=until, after=after)
-        if test_list is not None:
-            out = fit.score([_points(t, t.step_P > after) for t in test_list])
-        elif fit.rest:
-            out = fit.score(fit.rest)
+        nothing = {c: np.nan for c in ("fitted r2", *FIGURES)}
+        try:
+            fit = fit_curve(fit_runs, law, until=until, after=after)
+        except UserError as e:
+            problem = e
+            warnings.append(f"{law} cannot be fitted: {e}")
+            rows.append({"law": law, "parameters": np.nan} | nothing)
+            continue
+        warnings += [f"{law}: {w}" for w in fit.warnings]
+        if tests or fit.rest:
+            out = fit.score(tests or fit.rest)
         else:
             table = fit.table()
             if (LATER, "r2") not in table.columns:
@@ -339,10 +358,14 @@ def compare_laws(
             out = {c: float(table[(LATER, c)].mean()) for c in FIGURES}
         parameters = len(fit.form.shape) + len(fit.form.coefficients)
         rows.append({"law": law, "parameters": parameters, "fitted r2": fit.score(fit.fitted)["r2"]} | out)
-    return pd.DataFrame(rows)
+    if problem and len(warnings) >= len(laws) and all(np.isnan(row["parameters"]) for row in rows):
+        raise problem
+    compared = pd.DataFrame(rows)
+    compared.attrs["warnings"] = list(dict.fromkeys(warnings))
+    return compared
 
 
-def table_text(table: pd.DataFrame) -> str:
+def score_text(table: pd.DataFrame) -> str:
     """A table of figures for the terminal."""
     formats = {"points": "{:.0f}", "r2": "{:.5f}", "fitted r2": "{:.5f}", "mae": "{:.5f}", "parameters": "{:.0f}"}
     formats |= {"relative": "{:.3%}", "worst": "{:.2%}"}
@@ -368,7 +391,9 @@ def _form(law: str) -> Form:
 
 
 def _are_trajectories(runs: Runs) -> bool:
-    return isinstance(runs, Sequence) and not isinstance(runs, str) and all(isinstance(t, Trajectory) for t in runs)
+    if isinstance(runs, pd.DataFrame | str | Path) or not len(runs):
+        return False
+    return all(isinstance(t, Trajectory) for t in runs)
 
 
 def _trajectories(runs: Runs) -> list[Trajectory]:
@@ -390,10 +415,6 @@ def _differences(runs: Runs) -> list[str]:
     return found
 
 
-def _points(t: Trajectory, keep_P: np.ndarray) -> Trajectory:
-    return dataclasses.replace(t, step_P=t.step_P[keep_P], loss_P=t.loss_P[keep_P])
-
-
 def _solve(
     form: Form, fitted: Sequence[Trajectory], prepared: Sequence[Prepared], loss_P: np.ndarray, unit: float
 ) -> Solution:
@@ -408,9 +429,16 @@ def _solve(
     return solution
 
 
+def _rates(fitted: Sequence[Trajectory]) -> np.ndarray:
+    """The rates at the points fitted, without those of warm-ups (of all, where there are no others)."""
+    after = [t.eta_T[t.step_P[t.step_P > np.argmax(t.eta_T >= t.eta_T.max() * (1 - _NO_CHANGE))] - 1] for t in fitted]
+    eta_P = np.concatenate(after)
+    return eta_P if len(eta_P) else np.concatenate([t.eta_T[t.step_P - 1] for t in fitted])
+
+
 def _constant_rate(fitted: Sequence[Trajectory]) -> bool:
-    """Is the rate the same at all points fitted?"""
-    eta_P = np.concatenate([t.eta_T[t.step_P - 1] for t in fitted])
+    """Is the rate the same at all points fitted, but for a warm-up?"""
+    eta_P = _rates(fitted)
     return bool(np.ptp(eta_P) < _NO_CHANGE * eta_P.max())
 
 
@@ -418,7 +446,9 @@ def _checked_rates(eta_T: Any, steps: Any) -> tuple[np.ndarray, np.ndarray]:
     eta_T = checked("eta_T", eta_T)
     if eta_T.ndim != 1:
         raise UserError(f"rates of shape {eta_T.shape} are not those of one run; give [T]")
-    step_P = np.arange(1, len(eta_T) + 1) if steps is None else np.asarray(steps)
+    if not eta_T.any():
+        raise UserError(f"{len(eta_T)} rates, none of them positive: give those of a run")
+    step_P = np.arange(np.argmax(eta_T > 0), len(eta_T)) + 1 if steps is None else np.asarray(steps)
     if step_P.ndim != 1 or step_P.dtype.kind not in "iu" or len(step_P) == 0:
         raise UserError(f"steps={steps!r} must be whole numbers in a row, such as [100, 200]")
     if step_P.min() < 1 or step_P.max() > len(eta_T):
@@ -430,21 +460,27 @@ def _doubts(form: Form, solution: Solution, fitted: Sequence[Trajectory], prepar
     """What a person should know before trusting the constants, a sentence each."""
     found = []
     if _constant_rate(fitted):
-        rate = max(t.eta_T[t.step_P[-1] - 1] for t in fitted if len(t.step_P))
+        rate = float(_rates(fitted).max())
         found.append(
-            f"the rate is {rate:.4g} at all points fitted: {' and '.join(form.coefficients[1:])} cannot be told "
+            f"the rate is {rate:.4g} at all losses fitted: {' and '.join(form.coefficients[1:])} cannot be told "
             f"apart, and forecasts hold at this rate only; add a run whose rate changes"
         )
     rows, J = join(prepared), len(form.shape)
     share_PxK = derivatives(form, rows, solution)[:, J:] * solution.coefficient_K  # of each term in the loss
     for name, share in zip(form.coefficients[1:], np.abs(share_PxK).max(0)[1:], strict=True):
-        if share < _NOTHING:
+        if share < _NOTHING and not _constant_rate(fitted):
             found.append(f"the term of {name} is nothing: the losses fitted do not ask for it")
     for name, x, low, high in zip(form.shape, solution.shape_J, form.low, form.high, strict=True):
         at, *ends = np.log([x, low, high]) if low > 0 else (x, low, high)
         if min(at - ends[0], ends[1] - at) < _BOUNDARY * (ends[1] - ends[0]):
             found.append(f"{name} = {x:.4g} is at the end of its range [{low:g}, {high:g}]")
     return found
+
+
+def _finite(loss_P: np.ndarray) -> np.ndarray:
+    if not np.isfinite(loss_P).all():
+        raise UserError("the law gives no finite loss for these rates; they are far from those of the runs fitted")
+    return loss_P
 
 
 def _named(form: Form, solution: Solution) -> dict[str, float]:

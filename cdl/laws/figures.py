@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # what is drawn draws itself by these functions
 
 __all__ = ["curve_figure", "horizon_figure", "peak_figure", "scaling_figure", "sizes_figure"]
 
-_SHOWN = 400  # points of a run that are drawn
+_SHOWN = 400  # points of a line
+_FEW = 50  # losses of a run that are drawn large
 _EARLIEST = 0.02  # of the points may lie above the figure: early losses are high and say little
 
 
@@ -46,19 +47,21 @@ def curve_figure(
     figure = Figure(figsize=(8.6, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
     for t in fit.fitted:
-        step_P = _thin(t.step_P)
+        step_P = _between(t.step_P)
         upper.plot(step_P, fit.predict(t.eta_T, step_P), "-", color=color[t.run], lw=1.6)
     for t in (*fit.rest, *runs):
-        _draw_forecast(upper, fit.forecast(t.eta_T, _thin(t.step_P)), color[t.run])
+        _draw_forecast(upper, fit.forecast(t.eta_T, _between(t.step_P)), color[t.run])
     for name, table in forecasts.items():
-        _draw_forecast(upper, table.iloc[_thin(np.arange(len(table))).tolist()], color[name])
+        _draw_forecast(upper, table.iloc[_between(np.arange(len(table))).tolist()], color[name])
     for t in (*fit.fitted, *fit.rest, *runs):
-        upper.plot(t.step_P, t.loss_P, ".", ms=2.5, color=color[t.run], alpha=0.6)
+        few = len(t.step_P) < _FEW
+        upper.plot(t.step_P, t.loss_P, ".", ms=7 if few else 2.5, color=color[t.run], alpha=0.6)
         error_P = 100 * (fit.predict(t.eta_T, t.step_P) / t.loss_P - 1)
         fitted = any(t is f for f in fit.fitted)
         lower.plot(t.step_P, error_P, "-" if fitted else "--", lw=0.9, color=color[t.run])
     losses = [t.loss_P for t in (*fit.fitted, *fit.rest, *runs)] + [table["low"] for table in forecasts.values()]
     all_P = np.concatenate(losses)
+    all_P = all_P[np.isfinite(all_P)]  # intervals may be infinite
     bottom, top = all_P.min(), np.quantile(all_P, 1 - _EARLIEST)
     upper.set(ylabel="loss", ylim=(bottom - 0.06 * (top - bottom), top + 0.06 * (top - bottom)))
     lower.set(xlabel="step", ylabel="predicted over\nmeasured (%)")
@@ -238,9 +241,9 @@ def _draw_forecast(ax: Axes, table: pd.DataFrame, color: Any) -> None:
     ax.plot(table["step"], table["loss"], "--", color=color, lw=1.6)
 
 
-def _thin(step_P: np.ndarray) -> np.ndarray:
-    """So many of the steps as can be seen, the ends among them."""
-    return step_P[np.unique(np.linspace(0, len(step_P) - 1, _SHOWN).round().astype(int))]
+def _between(step_P: np.ndarray) -> np.ndarray:
+    """Steps from the first to the last, no more than can be seen."""
+    return np.unique(np.linspace(step_P[0], step_P[-1], _SHOWN).round().astype(int))
 
 
 def _draw_line(

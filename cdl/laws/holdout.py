@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.spatial import KDTree
 
 from cdl.laws.forms import Form, Prepared
 from cdl.laws.records import Trajectory
@@ -27,6 +28,7 @@ __all__ = [
     "expected_of",
     "hold_out",
     "join",
+    "points_of",
     "score_of",
     "spread_of",
 ]
@@ -63,22 +65,25 @@ class Holdout:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the points fitted have seen of the rates: the largest sum of them, the lowest rate, and the peaks."""
+    """Where the losses fitted were: sums of rates and rates, [N] each, and the lowest and highest peak of the runs."""
 
-    sum: float
-    lowest: float
+    S_N: np.ndarray
+    eta_N: np.ndarray
     peaks: tuple[float, float]
 
     def reach(self, eta_T: np.ndarray, step_P: np.ndarray) -> np.ndarray:
-        """How far points of a run lie beyond, in factors of 2 of the sum of rates, of the rate and of the peak; [P].
+        """How far points of a run lie from the nearest loss fitted, in factors of 2; [P].
 
+        Factors of the sum of rates, of the rate, and of the peak beyond the peaks fitted, added up.
         Rates are counted with a tenth of the peak added: less than that, they gain little more.
         """
+
+        def place(S: np.ndarray, eta: np.ndarray) -> np.ndarray:
+            return np.log2(np.stack([S, eta + _TENTH * self.peaks[1]], 1))
+
         S_P, eta_P, peak = np.cumsum(eta_T)[step_P - 1], eta_T[step_P - 1], float(eta_T.max())
-        further_P = np.log2(np.maximum(S_P / self.sum, 1))
-        added = _TENTH * self.peaks[1]
-        lower_P = np.log2(np.maximum((self.lowest + added) / (eta_P + added), 1))
-        return further_P + lower_P + abs(math.log2(peak / float(np.clip(peak, *self.peaks))))
+        nearest_P, _ = KDTree(place(self.S_N, self.eta_N)).query(place(S_P, eta_P), p=1)
+        return nearest_P + abs(math.log2(peak / float(np.clip(peak, *self.peaks))))
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def hold_out(form: Form, fitted: Sequence[Trajectory], prepared: Sequence[Prepar
 
     def compare(kind: str, cut: float, in_sample: list[np.ndarray]) -> None:
         """in_sample: which points of each run are fitted."""
-        part = [_points(t, keep_P) for t, keep_P in zip(fitted, in_sample, strict=True)]
+        part = [points_of(t, keep_P) for t, keep_P in zip(fitted, in_sample, strict=True)]
         rows = [{k: v[keep_P] for k, v in p.items()} for p, keep_P in zip(prepared, in_sample, strict=True)]
         loss_P = np.concatenate([t.loss_P for t in part])
         if len(loss_P) < least or np.ptp(loss_P) == 0:
@@ -164,7 +169,7 @@ def hold_out(form: Form, fitted: Sequence[Trajectory], prepared: Sequence[Prepar
         expected = expected_of(suited, solution, part, rows)
         for t, p, keep_P in zip(fitted, prepared, in_sample, strict=True):
             if (~keep_P).sum() >= _FEWEST:
-                out, row = _points(t, ~keep_P), {k: v[~keep_P] for k, v in p.items()}
+                out, row = points_of(t, ~keep_P), {k: v[~keep_P] for k, v in p.items()}
                 predicted_P = predict(suited, row, solution.shape_J, solution.coefficient_K)
                 error_P = expected.error(derivatives(suited, row, solution), out.eta_T, out.step_P)
                 found.append(Holdout(kind, t.run, cut, out.loss_P, predicted_P, error_P))
@@ -197,11 +202,10 @@ def expected_of(form: Form, solution: Solution, fitted: Sequence[Trajectory], pr
     scaled_PxI = J_PxI * open_I
     information_IxI = scaled_PxI.T @ scaled_PxI * (1 - alike) / (1 + alike) / variance + np.eye(len(open_I))
     covariance_IxI = np.linalg.inv(information_IxI) * np.outer(open_I, open_I)
-    seen = [t for t in fitted if len(t.step_P)]
-    peaks = [float(t.eta_T.max()) for t in seen]
-    furthest = max(float(t.eta_T[: t.step_P[-1]].sum()) for t in seen)
-    lowest = min(float(t.eta_T[t.step_P - 1].min()) for t in seen)
-    return Expected(variance, covariance_IxI, (J_PxI == 0).all(0), Seen(furthest, lowest, (min(peaks), max(peaks))))
+    peaks = [float(t.eta_T.max()) for t in fitted if len(t.step_P)]
+    S_N = np.concatenate([np.cumsum(t.eta_T)[t.step_P - 1] for t in fitted])
+    eta_N = np.concatenate([t.eta_T[t.step_P - 1] for t in fitted])
+    return Expected(variance, covariance_IxI, (J_PxI == 0).all(0), Seen(S_N, eta_N, (min(peaks), max(peaks))))
 
 
 def spread_of(expected: Expected, holdouts: Sequence[Holdout]) -> Spread:
@@ -212,5 +216,6 @@ def spread_of(expected: Expected, holdouts: Sequence[Holdout]) -> Spread:
     return Spread(expected, max(1.0, float(np.sqrt(np.mean(np.square(surprises))))), len(surprises))
 
 
-def _points(t: Trajectory, keep_P: np.ndarray) -> Trajectory:
+def points_of(t: Trajectory, keep_P: np.ndarray) -> Trajectory:
+    """The run with some of its losses."""
     return dataclasses.replace(t, step_P=t.step_P[keep_P], loss_P=t.loss_P[keep_P])

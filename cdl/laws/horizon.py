@@ -85,6 +85,8 @@ class Line:
 
     def at(self, T: float) -> float:
         """The fitted loss after T updates."""
+        if not 0 < T < math.inf:
+            raise UserError(f"T={T} must be a positive number")
         return self.L_inf + self.Q / math.sqrt(T)
 
     def predict(self, T: float) -> Prediction:

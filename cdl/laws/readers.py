@@ -347,8 +347,10 @@ def _point(folder: Path) -> list[Log]:
     return [log]
 
 
-def _config(values: Mapping[Any, Any]) -> dict[str, Any]:
+def _config(values: Any) -> dict[str, Any]:
     """The scalars, under names that differ from those of the table."""
+    if not isinstance(values, Mapping):  # somebody else's JSON
+        return {}
     scalars = {str(k): v for k, v in values.items() if pd.api.types.is_scalar(v) and not pd.isna(v)}
     return {f"config.{k}" if k in OWN else k: v for k, v in scalars.items()}
 

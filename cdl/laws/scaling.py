@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from cdl.errors import UserError
-from cdl.laws.horizon import LEAST_R2, OWN_LEVEL, HorizonFit, Line, NoLaw, Prediction, fit_horizon, numbers
+from cdl.laws.horizon import FURTHER, LEAST_R2, OWN_LEVEL, HorizonFit, Line, NoLaw, Prediction, fit_horizon, numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -288,7 +288,7 @@ class ScalingFit:
         return scaling_figure(self, *self._target(N, T))
 
     def _target(self, N: float | None, T: float | None) -> tuple[float, float]:
-        return self.N[-1] if N is None else N, 4 * self.longest if T is None else T
+        return self.N[-1] if N is None else N, FURTHER * self.longest if T is None else T
 
     def lines(self, T: float) -> dict[float, Line]:
         """N -> its line at the eta_ref* of horizon T; sizes without one are left out."""

@@ -101,6 +101,9 @@ def read_numbers(path: str) -> np.ndarray:
             table = pd.read_csv(file, header=None)
             if not all(pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes):
                 table = pd.read_csv(file)
+            if "step" in table.columns and list(table["step"]) != list(range(1, len(table) + 1)):
+                some = ", ".join(map(str, table["step"].head(2)))
+                raise UserError(f"{path} is a log with some steps only ({some}, ..); give the rate of every update")
             column = next((c for c in _COLUMNS if c in table.columns), table.columns[0])
             if len(table.columns) > 1 and column not in _COLUMNS:
                 raise UserError(f"{path} has columns {', '.join(map(str, table.columns))}; name that of the rates eta")

@@ -145,11 +145,19 @@ def test_sixth_constant_where_peaks_differ(r: float) -> None:
 def test_constant_rates_say_so_and_widen_forecasts() -> None:
     fit = fit_curve(table(noise=1e-4, shapes=("constant",)))
     assert any("cannot be told apart" in w for w in fit.warnings)
-    assert "Warning: the rate is 0.001 at all points fitted" in fit.summary()
+    assert "Warning: the rate is 0.001 at all losses fitted" in fit.summary()
     forecast = fit.forecast(SHAPES["drop"], [2000]).iloc[0]
     true = law(SHAPES["drop"], np.array([2000]))[0]
     assert forecast["low"] < true < forecast["high"]
     assert not fit_curve(table(noise=1e-4)).warnings
+
+
+def test_a_warm_up_does_not_make_a_rate_vary() -> None:
+    runs = table(noise=1e-4, shapes=("constant",))
+    runs.loc[runs["step"] == 50, "loss"] = 4.0  # recorded in the warm-up, at half the rate
+    fit = fit_curve(runs)
+    assert any("cannot be told apart" in w for w in fit.warnings)
+    assert any("falls to 0," in w for w in fit.cautions(schedule("linear", 2000, peak=1e-3)))
 
 
 def test_cautions_name_what_was_not_seen() -> None:

@@ -10,23 +10,24 @@ from cdl.laws.holdout import Expected, Holdout, Seen, Spread, score_of, spread_o
 from cdl.schedules import schedule
 from tests.laws.test_curve import SHAPES, law
 
-SEEN = Seen(sum=1.0, lowest=0.1, peaks=(0.2, 0.5))
+SEEN = Seen(S_N=np.array([1.0, 4.0]), eta_N=np.array([0.25, 0.1]), peaks=(0.2, 0.5))
 
 
-def test_reach_counts_factors_of_two() -> None:
-    """Of the sum of rates beyond 1, of the rate below 0.1 (both with 0.05 added), and of the peak beyond 0.2 to 0.5."""
-    eta_T = np.array([0.5, 0.5, 0.5, 0.5, 2.0, 0.05, 0.0]) / 2
-    np.testing.assert_allclose(SEEN.reach(eta_T[:4], np.array([1, 4])), [0, 0])
-    reach = SEEN.reach(eta_T, np.array([4, 5, 6, 7]))
-    beyond = 1 + np.log2(2.025)  # peak and sum
-    np.testing.assert_allclose(reach, [1, 2, beyond + np.log2(0.15 / 0.075), beyond + np.log2(0.15 / 0.05)])
-    assert SEEN.reach(np.array([0.1]), np.array([1]))[0] == 1
+def test_reach_is_the_distance_to_the_nearest_loss_in_factors_of_two() -> None:
+    """Of the sum of rates, and of the rate with 0.05 added; and of the peak beyond 0.2 to 0.5."""
+    eta_T = np.full(40, 0.25)
+    reach = SEEN.reach(eta_T, np.array([2, 4, 8, 40]))
+    at_four = np.log2(0.3 / 0.15)  # the loss at S = 4 was at a lower rate
+    np.testing.assert_allclose(reach, [1, 0, 1, np.log2(10 / 4) + at_four])
+    assert SEEN.reach(np.append(eta_T[:16], 0.0), np.array([17]))[0] == pytest.approx(np.log2(0.15 / 0.05))
+    assert SEEN.reach(np.array([0.75, 0.25]), np.array([2]))[0] == pytest.approx(np.log2(1.5))
+    assert SEEN.reach(np.full(10, 0.1), np.array([10]))[0] == pytest.approx(1 + 1)
 
 
 def test_half_width_is_students() -> None:
     expected = Expected(4e-6, np.diag([1e-6, 0.0]), np.array([False, True]), SEEN)
     J_PxI = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    half_P = Spread(expected, 1.5, 4).half_width(J_PxI, np.full(8, 0.25), np.array([4, 8, 4]), 0.9)
+    half_P = Spread(expected, 1.5, 4).half_width(J_PxI, np.full(8, 0.25), np.array([4, 2, 4]), 0.9)
     one = stats.t(4).ppf(0.95) * 1.5 * np.sqrt(5e-6)
     np.testing.assert_allclose(half_P, [one, 2 * one, np.inf])  # the last rests on a constant nothing is known of
 
