@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("folder", nargs="+", help="folder of a sweep; several may differ in model size alone")
     p.add_argument("--T", type=_whole_number, metavar="N", help="horizon to predict (default: four times the longest)")
     p.add_argument("--N", type=_whole_number, metavar="N", help="parameters to predict (default: the largest pilot's)")
+    p.add_argument("--plot", metavar="FILE", help="draw a figure: .png, .pdf, .svg, or a page: .html")
 
     def theory_arguments(p: argparse.ArgumentParser) -> None:
         p.add_argument("--D", type=float, default=1.0, metavar="D", help="distance to a minimiser (default: 1)")
@@ -347,9 +348,14 @@ def _show(made: "Plan", files: Sequence[Path]) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from cdl.cli_output import PAGES, check_outputs, save_figure
     from cdl.planning import plan
 
-    print(plan(arguments.folder, arguments.T, arguments.N).summary())
+    check_outputs(arguments, arguments.folder, PAGES)
+    made = plan(arguments.folder, arguments.T, arguments.N)
+    print(made.summary())
+    if arguments.plot:
+        save_figure(made.plot(), arguments.plot, "Plan", made.summary())
 
 
 def _console() -> "Console":

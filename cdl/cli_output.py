@@ -24,7 +24,7 @@ def check_outputs(arguments: argparse.Namespace, inputs: Sequence[str | None], k
         raise UserError(f"--plot={arguments.plot} must end in {', '.join(kinds[:-1])} or {kinds[-1]}")
     taken = {file.resolve() for name in inputs if name for file in _files(name)}
     for option in ("plot", "csv"):
-        name = getattr(arguments, option)
+        name = getattr(arguments, option, None)
         if name is None:
             continue
         path = Path(name).resolve()

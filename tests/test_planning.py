@@ -97,6 +97,18 @@ def test_one_size_gives_another_its_rate_and_no_loss(folders: list[Path]) -> Non
     assert re.search(r"expect a loss of about \S+, with no interval", two.summary())
 
 
+def test_plans_are_drawn(folders: list[Path], tmp_path: Path) -> None:
+    """As a page with the words of the plan in it, and not over a file of the sweep."""
+    words = [str(f) for f in folders]
+    page, T = tmp_path / "plan.html", "--T=10000"
+    assert main(["plan", *words, T, "--N=1000000", f"--plot={page}"]) == 0
+    assert plan(words, T=10000, N=1_000_000).recommendation()[:40] in page.read_text()
+    assert "<svg" in page.read_text()
+    assert main(["plan", *words, T, f"--plot={folders[0]}/x.csv"]) == 2
+    assert main(["plan", words[0], T, f"--plot={tmp_path}/plan.png"]) == 0
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
 def test_folders_that_differ_in_more_than_size_are_refused(folders: list[Path], tmp_path: Path) -> None:
     other = sweep(tmp_path / "batch", 64, (1.0,), **{"data.batch_size": 4})
     with pytest.raises(NoLaw, match=r"differ in data.batch_size .*one law does not fit them; plan with sweeps"):
