@@ -35,7 +35,7 @@ from matplotlib.lines import Line2D
 from cdl.errors import UserError
 from cdl.laws.curve import CurveFit, fit_curve
 from cdl.laws.forms import Form, convex, paper
-from cdl.laws.holdout import join, score_of
+from cdl.laws.holdout import join, points_of, score_of
 from cdl.laws.records import Trajectory, read_runs, trajectories
 from cdl.laws.solve import predict, solve
 from cdl.plots import GREY, finish, palette
@@ -85,10 +85,8 @@ def read_llama(folder: Path) -> dict[str, list[Trajectory]]:
     found: dict[str, list[Trajectory]] = {}
     for t in sorted(trajectories(table), key=lambda t: (layers[t.run], peak(t), len(t.eta_T))):
         kind = "constant" if np.ptp(t.eta_T[t.step_P[t.step_P > AFTER] - 1]) < 1e-3 * peak(t) else "cosine"
-        late_P = t.step_P > AFTER
-        named = dataclasses.replace(
-            t, run=f"{kind} {peak(t):.3g}, T={len(t.eta_T):,}", step_P=t.step_P[late_P], loss_P=t.loss_P[late_P]
-        )
+        name = f"{kind} {peak(t):.3g}, T={len(t.eta_T):,}"
+        named = dataclasses.replace(points_of(t, t.step_P > AFTER), run=name)
         found.setdefault(f"{layers[t.run]:g} layers", []).append(named)
     return found
 

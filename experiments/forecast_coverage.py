@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from cdl.errors import UserError
 from cdl.laws.curve import LAWS, fit_curve
+from cdl.laws.holdout import points_of
 from cdl.laws.records import Trajectory, read_runs, short_names, trajectories
 from cdl.plots import GREY, finish, palette
 
@@ -56,11 +57,7 @@ def read(curves: Path, llama: Path) -> tuple[dict[str, list[Trajectory]], dict[s
 def late(runs: Runs) -> list[Trajectory]:
     """Losses after step AFTER, and shorter names."""
     names = short_names([t.run for t in runs])
-    found = []
-    for t in runs:
-        late_P = t.step_P > AFTER
-        found.append(dataclasses.replace(t, run=names[t.run], step_P=t.step_P[late_P], loss_P=t.loss_P[late_P]))
-    return found
+    return [dataclasses.replace(points_of(t, t.step_P > AFTER), run=names[t.run]) for t in runs]
 
 
 def cases(curves: Mapping[str, Runs], llama: Mapping[str, Runs]) -> Iterator[Case]:

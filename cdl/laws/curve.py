@@ -63,7 +63,9 @@ class CurveFit:
     """A law fitted to runs.
 
     law: its name. fitted: the recorded points it was fitted to; rest: those of the same runs it was not, empty if all
-    were. params: its constants, for rates as they were given. warnings: sentences.
+    were. warnings: sentences. form: the law as columns, for rates in units of `unit`, the largest rate of the runs.
+    solution: its constants in these units; `params` has them for rates as they were given. prepared: what the form
+    knows of the points fitted, good over the whole range of its shape (refits start from it).
     """
 
     law: str
@@ -165,8 +167,8 @@ class CurveFit:
         peak, last = float(eta_T.max()), float(eta_T[-1])
         if not min(peaks) / SAME_PEAK <= peak <= max(peaks) * SAME_PEAK:
             found.append(
-                f"it peaks at {peak:.4g}, the runs fitted at {_span(peaks)}; laws carry badly from one peak rate to "
-                f"another"
+                f"it peaks at {peak:.4g}, the runs fitted at {_span(peaks)}; how laws carry from one peak rate to "
+                f"another was measured on few runs"
             )
         if last < lowest / 2 and lowest > 0:
             found.append(

@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import optimize, special
 
 from cdl.errors import UserError
-from cdl.laws.horizon import LEAST_R2, LEVEL, Prediction, numbers
+from cdl.laws.horizon import LEAST_R2, LEVEL, OWN_LEVEL, Prediction, numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,6 @@ ALWAYS_IN = 4  # rates that the rule for unstable ones starts from, and the leas
 MOST_DROPPED = 0.05  # share of sweeps in which the rule may leave out a stable rate by chance
 # A loss is a float32 at best: to a fit with smaller residuals, rounding would look like instability.
 _ROUNDING = float(np.finfo(np.float32).eps)
-# The data choose the rates, and plain 95% intervals then hold 92%: half of the 5% is set aside for that (Bonferroni).
-_OWN_LEVEL = 1 - (1 - LEVEL) / 2
 _SURE = 0.01  # a bend that (4.1) does not have is reported where chance makes one so large less often than this
 
 
@@ -80,7 +78,7 @@ class PeakFit:
         holds eta_peak* in 95% of simulated sweeps, and in 93% of the worst kind of sweep.
         """
         fit, scale = _plane(self.eta, self.loss)
-        t2 = _student(_OWN_LEVEL, fit.freedom) ** 2 * fit.variance
+        t2 = _student(OWN_LEVEL, fit.freedom) ** 2 * fit.variance
         # theta = A / B is in the set if (A - theta B)^2 <= t2 var(A - theta B): q2 theta^2 - 2 q1 theta + q0 <= 0.
         outer = np.outer(fit.coefficients[1:], fit.coefficients[1:]) - t2 * fit.inverse[1:, 1:]
         q0, q1, q2 = float(outer[0, 0]), float(outer[0, 1]), float(outer[1, 1])
@@ -113,7 +111,7 @@ class PeakFit:
         active = np.array([True, self.a > 0, self.b > 0])
         scale = np.abs(X[:, active]).max(0)
         fit = _squares(X[:, active] / scale, self.loss)
-        half = _half(fit, x[active] / scale, _OWN_LEVEL, runs=1)
+        half = _half(fit, x[active] / scale, OWN_LEVEL, runs=1)
         loss = self.at(eta)
         return Prediction(loss, loss - half, math.inf if eta >= self._unstable_from else loss + half)
 
