@@ -4,8 +4,8 @@ Where tokens come from (`data.path`):
 
 - ``stdlib``: the source of Python's own standard library, as bytes: real text of about 11 MB on every machine.
 - a text file, or a folder of text files (read recursively; files with a NUL byte are not text): bytes.
-- a ``.bin`` file of uint16 tokens as nanoGPT writes them, or a folder with ``train.bin`` and ``val.bin``:
-  memory-mapped, never read whole.
+- a ``.bin`` file of uint16 tokens as nanoGPT writes them, or a folder with ``train.bin`` and ``val.bin`` as nanoGPT
+  or ``cdl data`` write it (`cdl.data.token_files`): memory-mapped, never read whole.
 
 Bytes are tokens 0..255; documents of a folder are separated by byte 0, in a fixed order that looks random (by hash of
 their relative path), so that the held-out tail of the stream is a fair sample of files.
@@ -15,6 +15,7 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +23,17 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from cdl.data.token_files import FILES, fingerprint, map_tokens
 from cdl.errors import UserError
 
-__all__ = ["Corpus", "batches", "data_arguments", "heldout_batches", "read_corpus"]
+__all__ = ["Corpus", "batches", "data_arguments", "heldout_batches", "largest_token", "read_corpus"]
 
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 _OF_THIS_MACHINE = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
 
 
 class Corpus(NamedTuple):
-    """train, heldout: 1-D arrays of uint8 or uint16 tokens. fingerprint: a hash of the tokens, whatever the path."""
+    """train, heldout: 1-D arrays of uint8, uint16 or uint32. fingerprint: a hash of the tokens, whatever the path."""
 
     train: np.ndarray
     heldout: np.ndarray
@@ -62,42 +64,64 @@ def read_corpus(path: str, heldout: float) -> Corpus:
     if not path:
         raise UserError("data.path is empty; give 'stdlib', a text or .bin file, or a folder")
     if where.is_file():
-        return _split(_tokens(where) if where.suffix == ".bin" else _bytes(where), heldout)
-    if (where / "train.bin").is_file():
-        if not (where / "val.bin").is_file():
+        return _split(map_tokens(where) if where.suffix == ".bin" else _bytes(where), heldout)
+    if (where / FILES["train"]).is_file():
+        if not (where / FILES["val"]).is_file():
             raise UserError(f"data.path={path!r} has train.bin but no val.bin; give the .bin file itself")
-        train, val = _tokens(where / "train.bin"), _tokens(where / "val.bin")
-        return Corpus(train, val, _fingerprint(train, val))
+        train, val = (map_tokens(where / name) for name in FILES.values())
+        return Corpus(train, val, fingerprint(train, val))
     if where.is_dir():
         return _split(_join(where, _text_files(where)), heldout)
     raise UserError(f"data.path={path!r} does not exist; give 'stdlib', a text or .bin file, or a folder")
 
 
-def batches(corpus: Corpus, section: ConfigDict, seed: int) -> grain.MapDataset:
+def batches(corpus: Corpus, section: ConfigDict, seed: int, part: tuple[int, int] = (0, 1)) -> grain.MapDataset:
     """Random access to batches: ``batches(...)[k-1]`` is the batch of update k, tokens_BxS1.
 
     Windows of S+1 tokens, S apart, are visited in a random order, each once an epoch, a new order every epoch. The
     last token of a window is the first of the next: each token but the first is predicted once an epoch.
 
+    Args:
+      corpus: from `read_corpus`.
+      section: the `data` section of a config.
+      seed: of the order.
+      part: (p, P) for the rows [p*B/P, (p+1)*B/P) of every batch, which process p of P reads.
+
     Raises:
-      UserError: the stream is too short for one batch.
+      UserError: the stream is too short for one batch, or P processes cannot share B sequences.
     """
     B, S = section.batch_size, section.seq_len
+    p, P = part
     windows = _windows("training", corpus.train, section)
-    return grain.MapDataset.source(_Windows(corpus.train, windows, S)).seed(seed).shuffle().repeat().batch(B)
+    if B % P:
+        raise UserError(f"data.batch_size={B} cannot be shared by {P} processes; use a multiple of {P}")
+    rows = grain.MapDataset.source(_Windows(corpus.train, windows, S)).seed(seed).shuffle().repeat()
+    return rows.batch(B // P, drop_remainder=True)[p::P]  # the remainder of infinity, at B/P = 1, overflows
 
 
-def heldout_batches(corpus: Corpus, section: ConfigDict, tokens: int) -> np.ndarray:
-    """The fixed held-out set, tokens_ExBxS1: about `tokens` predicted tokens, spread evenly over the held-out stream.
+def heldout_batches(corpus: Corpus, section: ConfigDict, size: int) -> np.ndarray:
+    """The fixed held-out set, tokens_ExBxS1: about `size` predicted tokens, spread evenly over the held-out stream.
 
     Raises:
       UserError: the held-out stream is too short for one batch.
     """
     B, S = section.batch_size, section.seq_len
     windows = _windows("evaluation", corpus.heldout, section)
-    E = min(max(1, round(tokens / (B * S))), windows // B)
+    E = min(max(1, round(size / (B * S))), windows // B)
     starts = np.linspace(0, windows - 1, E * B).astype(np.int64) * S
     return np.stack([corpus.heldout[i : i + S + 1] for i in starts]).reshape(E, B, S + 1)
+
+
+def largest_token(corpus: Corpus) -> int:
+    """Over all of the text, whatever is said about it: a token beyond a model's vocabulary would read as NaN.
+
+    A piece at a time, since the text may be larger than memory; in threads, which NumPy lets run side by side.
+    """
+    piece = 1 << 22
+    streams = [tokens for tokens in (corpus.train, corpus.heldout) if len(tokens)]
+    pieces = (tokens[i : i + piece] for tokens in streams for i in range(0, len(tokens), piece))
+    with ThreadPoolExecutor() as threads:
+        return max(threads.map(lambda tokens: int(tokens.max()), pieces))
 
 
 class _Windows(grain.sources.RandomAccessDataSource):
@@ -134,14 +158,7 @@ def _windows(what: str, tokens: np.ndarray, section: ConfigDict) -> int:
 def _split(tokens: np.ndarray, heldout: float) -> Corpus:
     cut = round(len(tokens) * (1 - heldout))
     train, tail = tokens[:cut], tokens[cut:]
-    return Corpus(train, tail, _fingerprint(train, tail))
-
-
-def _tokens(path: Path) -> np.ndarray:
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise UserError(f"data.path: {str(path)!r} has {size} bytes, no array of uint16 tokens; write it again")
-    return np.memmap(path, dtype=np.uint16, mode="r")
+    return Corpus(train, tail, fingerprint(train, tail))
 
 
 def _bytes(path: Path) -> np.ndarray:
@@ -174,15 +191,3 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 def _unreadable(error: OSError) -> None:
     raise error
-
-
-def _fingerprint(*streams: np.ndarray) -> str:
-    """sha256 over the lengths and 256 evenly spaced blocks of 64 Ki tokens: whole for small data, a probe of large."""
-    h = hashlib.sha256()
-    for tokens in streams:
-        h.update(f"{tokens.dtype}{len(tokens)};".encode())
-        block = 1 << 16
-        starts = np.unique(np.linspace(0, max(len(tokens) - block, 0), 256).astype(np.int64))
-        for i in starts if len(tokens) > 256 * block else range(0, len(tokens), block):
-            h.update(np.ascontiguousarray(tokens[i : i + block]).data)
-    return h.hexdigest()[:16]
