@@ -1,0 +1,75 @@
+"""What a source of labelled images is: random access to encoded bytes or arrays, in two parts."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, SupportsIndex
+
+import grain
+import numpy as np
+
+from cdl.errors import UserError
+
+__all__ = ["HELDOUT_NAMES", "Images", "Parts", "Source", "Subset", "class_count", "fixed_order"]
+
+HELDOUT_NAMES = ("validation", "val", "test")  # of the folder or the shards of a held-out part, the first that exists
+
+Source = grain.sources.RandomAccessDataSource
+
+
+class Images(NamedTuple):
+    """train, heldout: sources of dict(image=encoded bytes or uint8 [H, W, C], label=int), label in 0..classes-1.
+
+    fingerprint: a hash of the images (of samples where they are many) and of how they are split, whatever the path.
+    """
+
+    train: Source
+    heldout: Source
+    classes: int
+    fingerprint: str
+
+
+class Parts(NamedTuple):
+    """What a reader finds. heldout None: to be taken out of train."""
+
+    train: Source
+    heldout: Source | None
+    classes: int
+    content: str
+
+
+class Subset(Source):
+    """Some images of a source."""
+
+    def __init__(self, source: Source, index_N: np.ndarray):
+        self._source, self._index_N = source, index_N
+
+    def __len__(self) -> int:
+        return len(self._index_N)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        return self._source[int(self._index_N[index])]
+
+    def __repr__(self) -> str:
+        return f"Subset({self._source!r}, n={len(self)})"
+
+
+def fixed_order(n: int) -> np.ndarray:
+    """0..n-1 in the order of a hash of the number (the finalizer of SplitMix64), the same everywhere and always."""
+    z_N = (np.arange(n, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z_N = (z_N ^ (z_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z_N = (z_N ^ (z_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(z_N ^ (z_N >> np.uint64(31)), kind="stable")
+
+
+def class_count(root: Path, train_label_N: np.ndarray, heldout_label_N: np.ndarray, classes: int | None) -> int:
+    """How many classes there are: as given, or the largest training label and 1. All labels have to fit."""
+    if not len(train_label_N):
+        raise UserError(f"data.path={str(root)!r} holds no images for training; give more")
+    classes = int(train_label_N.max()) + 1 if classes is None else classes
+    for part, label_N in (("train", train_label_N), ("held-out", heldout_label_N)):
+        wrong_N = label_N[(label_N < 0) | (label_N >= classes)]
+        if len(wrong_N):
+            raise UserError(
+                f"data.path={str(root)!r}: {len(wrong_N)} {part} images have labels out of 0..{classes - 1}, such as "
+                f"{int(wrong_N[0])}; leave these images out or mend their labels"
+            )
+    return classes

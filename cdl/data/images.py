@@ -1,0 +1,211 @@
+"""Images for classification, and batches of them as a function of (seed, step).
+
+Where images come from (`data.path`) is in `cdl.data.image_files`; how one is decoded and varied in `cdl.data.augment`.
+A batch is dict(image=uint8 [B, S, S, 3], label=int32 [B], replaced=int32 [B]): grey images have three equal channels,
+and values become numbers around 0 on the device (`standardise`), so that a quarter of the bytes travels there.
+
+An image that cannot be decoded is replaced by the next one that can, in the order of the source, and marked in
+`replaced`; which one depends on nothing else. `check_undecodable` ends a run in which this is frequent.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from cdl.data import augment
+from cdl.data.image_files import Images, read_images
+from cdl.errors import UserError
+
+__all__ = [
+    "Images",
+    "batches",
+    "check_undecodable",
+    "data_arguments",
+    "heldout_batches",
+    "image_size",
+    "iterate",
+    "read_images",
+    "standardise",
+]
+
+_TRIES = 100  # undecodable images in a row
+_MOST_UNDECODABLE, _SEEN = 0.01, 500
+
+
+def data_arguments() -> dict[str, Any]:
+    """The `data` section of a config.
+
+    path: see `cdl.data.image_files`. batch_size: B images. image_size: S, 0 for the size that the images have. augment:
+    none, flip, crop_flip (CIFAR) or inception (ImageNet). heldout: share kept for evaluation where the source has no
+    such part itself. mean, std: of each channel on the scale 0..1, ImageNet's.
+    """
+    return dict(
+        path="digits",
+        batch_size=128,
+        image_size=0,
+        augment="none",
+        heldout=0.1,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def batches(images: Images, section: ConfigDict, seed: int, part: tuple[int, int] = (0, 1)) -> grain.MapDataset:
+    """Random access to batches: ``batches(...)[k-1]`` is the batch of update k.
+
+    All images are visited in a random order, each once an epoch, a new order every epoch; batches go on over its end.
+    An image of an update is varied the same way whatever the part, and whoever reads it.
+
+    Args:
+      images: from `read_images`.
+      section: the config section `data`.
+      seed: of order and variation, 0 to 2^32 - 1.
+      part: (p, P) for rows p B/P to (p + 1) B/P of every batch, those of process p of P.
+
+    Raises:
+      UserError: fewer images than a batch has, a batch that P does not divide, or a setting that does not exist.
+    """
+    p, P = part
+    B = _batch_size(images.train, section, "training")
+    if B % P:
+        raise UserError(f"data.batch_size={B} does not divide among {P} processes; give a multiple of {P}")
+    draw = _Draw(images.train, image_size(images, section), section.augment)
+    items = grain.MapDataset.range(len(images.train)).seed(seed).shuffle().random_map(draw).repeat()
+    return items.batch(B // P, drop_remainder=True)[p::P]  # the remainder of infinity, at B/P = 1, overflows
+
+
+def iterate(dataset: grain.MapDataset, first: int, workers: int) -> grain.DatasetIterator:
+    """The batches of `dataset` from item `first` on, made ahead of time. `close()` it to end its workers.
+
+    Threads start at once and need no copies; Pillow lets go of the interpreter while it decodes and resizes. Processes
+    take seconds to start, import the main script again, and hand batches over in /dev/shm, which has to hold some.
+    `experiments/benchmarks/loading.py` compares the two: neither was always faster on two cores that others used too.
+
+    Args:
+      dataset: from `batches`, of images or of text.
+      first: index of the first batch, k - 1 for update k.
+      workers: 0 for threads in this process, one for each core; else this many worker processes.
+    """
+    rest = dataset[first:]
+    if workers == 0:
+        threads = _cores()
+        return iter(rest.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads flags of its own here, which only an absl program parses
+    alone = rest.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+    return iter(alone.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)))
+
+
+def heldout_batches(images: Images, section: ConfigDict, size: int) -> dict[str, np.ndarray]:
+    """The fixed held-out set: about `size` images, spread evenly over the held-out part, without variation.
+
+    Returns:
+      image: uint8 [E, B, S, S, 3]. label: int32 [E, B].
+
+    Raises:
+      UserError: too few images for one batch, or more than 1% of them undecodable.
+    """
+    B = _batch_size(images.heldout, section, "evaluation")
+    draw = _Draw(images.heldout, image_size(images, section), "none")
+    E = min(max(1, round(size / B)), len(images.heldout) // B)
+    chosen = np.linspace(0, len(images.heldout) - 1, E * B).astype(np.int64)
+    rng = np.random.default_rng(0)  # nothing is drawn from it
+    with ThreadPoolExecutor(_cores()) as pool:
+        items = list(pool.map(lambda i: draw(int(i), rng), chosen))
+    check_undecodable(section.path, sum(int(item["replaced"]) for item in items), len(items))
+    image_NxSxSxC = np.stack([item["image"] for item in items])
+    label_N = np.stack([item["label"] for item in items])
+    return dict(image=image_NxSxSxC.reshape(E, B, *image_NxSxSxC.shape[1:]), label=label_N.reshape(E, B))
+
+
+def image_size(images: Images, section: ConfigDict) -> int:
+    """S, the side of the square images of a batch: `data.image_size`, or where it is 0 the size that they have.
+
+    Raises:
+      UserError: it is negative; or 0, and the images (16 of them are looked at) are not square and of one size.
+    """
+    S = section.image_size
+    if S < 0 or not isinstance(S, int):
+        raise UserError(f"data.image_size={S!r} must be a number of pixels, or 0 for the size that the images have")
+    if S > 0:
+        return S
+    probes = np.unique(np.linspace(0, len(images.train) - 1, 16).astype(np.int64))
+    sizes = sorted({size for i in probes if (size := _size_of(images.train[int(i)]["image"]))})
+    if len(sizes) == 1 and sizes[0][0] == sizes[0][1]:
+        return sizes[0][0]
+    said = " and ".join(f"{width} x {height}" for height, width in sizes[:2]) or "unreadable"
+    raise UserError(
+        f"data.image_size=0 takes images of data.path={section.path!r} as they are, but they are {said}; "
+        "give data.image_size=224, say"
+    )
+
+
+def standardise(image_BxHxWxC: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """uint8 images to float32, on the device: (x / 255 - mean) / std, a number of each for every channel."""
+    mean_C, std_C = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return (image_BxHxWxC.astype(jnp.float32) / 255 - mean_C) / std_C
+
+
+def check_undecodable(path: str, replaced: int, seen: int) -> None:
+    """Nothing as long as at most 1% of `seen` images were replaced, or fewer than 500 were seen.
+
+    Raises:
+      UserError: more than that, of the images behind data.path.
+    """
+    if seen >= _SEEN and replaced > _MOST_UNDECODABLE * seen:
+        raise UserError(
+            f"data.path={path!r}: {replaced} of {seen} images could not be decoded, more than "
+            f"{_MOST_UNDECODABLE:.0%}; remove or mend the broken files"
+        )
+
+
+class _Draw:
+    """From the index of an image to an item of a batch."""
+
+    def __init__(self, source: grain.sources.RandomAccessDataSource, size: int, name: str):
+        self._source, self._size, self._view = source, size, augment.augmentation(name)
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        n = len(self._source)
+        for tries in range(min(n, _TRIES)):
+            record = self._source[(int(index) + tries) % n]
+            try:
+                image_SxSxC = self._view(record["image"], self._size, rng)
+            except augment.Undecodable:
+                continue
+            return dict(image=image_SxSxC, label=np.int32(record["label"]), replaced=np.int32(tries > 0))
+        raise UserError(
+            f"{min(n, _TRIES)} images in a row, from image {index} of {self._source!r}, could not be decoded; "
+            "give JPEG, PNG, BMP or WebP images"
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _batch_size(source: grain.sources.RandomAccessDataSource, section: ConfigDict, what: str) -> int:
+    B, n = section.batch_size, len(source)
+    if B < 1:
+        raise UserError(f"data.batch_size={B} must be at least 1")
+    if n < B:
+        raise UserError(
+            f"data.path={section.path!r} has {n} images for {what}, one batch needs {B}; give more images, a smaller "
+            "data.batch_size or another data.heldout"
+        )
+    return B
+
+
+def _size_of(image: bytes | np.ndarray) -> tuple[int, int] | None:
+    try:
+        return augment.size_of(image)
+    except augment.Undecodable:
+        return None
