@@ -1,51 +1,103 @@
 """From the `model` section of a config to two pure functions: initial parameters, and the loss of a batch."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from cdl.errors import unknown
-from cdl.models import gpt2
+from cdl.models import gpt2, resnet, vit
+from cdl.models.transformer import Compute
+from cdl.sharding import ShardingRule
 
-__all__ = ["MODELS", "Model", "build", "model_arguments"]
+__all__ = ["MODELS", "Model", "Sums", "build", "model_arguments"]
 
-# name: the module's class, called with the section's arguments and `rngs`, and its default arguments.
-MODELS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {"gpt2": (gpt2.GPT2, gpt2.arguments)}
+
+class Sums(NamedTuple):
+    """Sums over what a batch predicts (tokens, images), float32 scalars: of `loss` in nats, of what is `correct` (the
+    largest logit is the target's), and their `count`. A mean loss is ``loss / count``."""
+
+    loss: jax.Array
+    correct: jax.Array
+    count: jax.Array
 
 
 class _Init(Protocol):
-    def __call__(self, seed: jax.Array | int) -> Any: ...
+    def __call__(self, seed: jax.Array | int) -> tuple[Any, Any]: ...
 
 
 class _Loss(Protocol):
-    def __call__(self, params: Any, tokens_BxS1: jax.Array) -> jax.Array: ...
+    def __call__(self, params: Any, stats: Any, batch: Any, train: bool = True) -> tuple[Sums, Any]: ...
 
 
 class Model(NamedTuple):
     """A model as pure functions, fit for jit, vmap and grad.
 
-    init: seed (whole number, may be traced) -> parameters, a tree of float32 arrays.
-    loss: (parameters, tokens_BxS1 of S+1 tokens each) -> mean next-token cross-entropy in nats, float32 scalar.
+    init: seed (whole number, may be traced) -> (parameters, statistics): trees of float32 arrays. Statistics are what
+      batch normalisation tracks; {} for models without it.
+    loss: (parameters, statistics, batch, train) -> (`Sums`, statistics after it). A batch of text is tokens_BxS1 of S+1
+      tokens each, or a dict of these as `tokens` and `weight_BxS` as `weight`, by which predictions count; a batch of
+      images is a dict of `image` [B, H, W, C], float32, and `label` [B].
     n_params: N, the number of parameters.
+    rules: how parameters are split over devices, by path.
+    data: name of the kind of data that it takes, "text" or "images".
     """
 
     init: _Init
     loss: _Loss
     n_params: int
+    rules: Sequence[ShardingRule]
+    data: str
+
+
+def _tokens_loss(model: Any, batch: Any, train: bool) -> Sums:
+    tokens_BxS1 = batch["tokens"] if isinstance(batch, dict) else batch
+    target_BxS = tokens_BxS1[:, 1:]
+    logits_BxSxV = model(tokens_BxS1[:, :-1], train)
+    weight_BxS = batch["weight"] if isinstance(batch, dict) else jnp.ones(target_BxS.shape)
+    return _sums(logits_BxSxV, target_BxS, weight_BxS)
+
+
+def _image_loss(model: Any, batch: Any, train: bool) -> Sums:
+    logits_BxV = model(batch["image"], train)
+    return _sums(logits_BxV, batch["label"], jnp.ones(batch["label"].shape))
+
+
+def _sums(logits: jax.Array, target: jax.Array, weight: jax.Array) -> Sums:
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    correct = jnp.argmax(logits, axis=-1) == target
+    return Sums((weight * loss).sum(), (weight * correct).sum(), weight.sum())
+
+
+class _Kind(NamedTuple):
+    """make: the module's class, called with the section's arguments, `compute` and `rngs`. arguments: the defaults.
+    data: the kind of data that `loss` is of."""
+
+    make: Callable[..., Any]
+    arguments: Callable[[], dict[str, Any]]
+    loss: Callable[[Any, Any, bool], Sums]
+    data: str
+    rules: Sequence[ShardingRule]
+
+
+MODELS: dict[str, _Kind] = {
+    "gpt2": _Kind(gpt2.GPT2, gpt2.arguments, _tokens_loss, "text", gpt2.SHARDING),
+    "vit": _Kind(vit.ViT, vit.arguments, _image_loss, "images", vit.SHARDING),
+    "resnet": _Kind(resnet.ResNet, resnet.arguments, _image_loss, "images", resnet.SHARDING),
+}
 
 
 def model_arguments(name: str) -> dict[str, Any]:
     """The arguments of one model with the values of its default size."""
     if name not in MODELS:
         raise unknown("model", name, MODELS)
-    return MODELS[name][1]()
+    return MODELS[name].arguments()
 
 
-def build(section: Mapping[str, Any]) -> Model:
+def build(section: Mapping[str, Any], compute: Compute = Compute()) -> Model:  # noqa: B008
     """The model of a config section ``{name, **arguments}``.
 
     Raises:
@@ -57,17 +109,21 @@ def build(section: Mapping[str, Any]) -> Model:
     for key in arguments:
         if key not in known:
             raise unknown(f"argument of model {name!r}", key, known)
-    make = partial(MODELS[name][0], **arguments)
-    abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-    graphdef, shapes = nnx.split(abstract)
+    kind = MODELS[name]
 
-    def init(seed: jax.Array | int) -> Any:
-        return nnx.to_pure_dict(nnx.split(make(rngs=nnx.Rngs(params=jax.random.key(seed))))[1])
+    def make(seed: jax.Array | int) -> Any:
+        return kind.make(**known | arguments, compute=compute, rngs=nnx.Rngs(params=jax.random.key(seed)))
 
-    def loss(params: Any, tokens_BxS1: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        logits_BxSxV = model(tokens_BxS1[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BxSxV, tokens_BxS1[:, 1:]).mean()
+    graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: make(0)), nnx.Param, nnx.BatchStat)
 
-    n_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    return Model(init, loss, n_params)
+    def init(seed: jax.Array | int) -> tuple[Any, Any]:
+        _, params, stats = nnx.split(make(seed), nnx.Param, nnx.BatchStat)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    def loss(params: Any, stats: Any, batch: Any, train: bool = True) -> tuple[Sums, Any]:
+        # Arrays of NumPy, as files give, would be written into where they are.
+        model = nnx.merge(graphdef, params, jax.tree.map(jnp.asarray, stats))
+        sums = kind.loss(model, batch, train)
+        return sums, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    return Model(init, loss, sum(leaf.size for leaf in jax.tree.leaves(shapes)), kind.rules, kind.data)

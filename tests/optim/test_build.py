@@ -34,6 +34,17 @@ def test_injected_rate_equals_a_schedule(name: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), injected, scheduled)
 
 
+def test_clipping_scales_large_gradients_and_no_others() -> None:
+    """SGD at rate 1 moves by the gradient; clipped, by the gradient over its norm times the limit."""
+    g = {"kernel": jnp.full((4, 6), 3.0), "bias": jnp.full(6, 4.0)}
+    norm = np.sqrt(24 * 9 + 6 * 16)
+    for limit, factor in ((5.0, 5.0 / norm), (50.0, 1.0), (0.0, 1.0)):
+        optimizer = build({"name": "sgd", "clip_norm": limit})
+        state = optax.tree_utils.tree_set(optimizer.init(PARAMS), learning_rate=jnp.float32(1.0))
+        updates, _ = optimizer.update(g, state, PARAMS)
+        np.testing.assert_allclose(updates["bias"], -4.0 * factor, rtol=1e-6)
+
+
 def test_weight_decay_spares_vectors() -> None:
     for name in OPTIMIZERS:
         with_decay = run(OPTIMIZERS[name](0.1, weight_decay=0.5), [0.1], inject=False)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from cdl.optim.muon_nsgd import Rule, muon_nsgd, newton_schulz, scale_by_muon_nsgd, tensor_ranks
+from cdl.sharding import ShardingRule
 
 
 def tree(seed: int, layers: int | None = None) -> dict[str, Any]:
@@ -120,9 +122,36 @@ def test_ratio_scales_the_vectors_alone() -> None:
 def test_a_leaf_that_no_rule_names_raises() -> None:
     with pytest.raises(ValueError, match="no rule says whether parameter 'head/weights'"):
         muon_nsgd(0.1).init({"head": {"weights": jnp.zeros((4, 4))}})
-    with pytest.raises(ValueError, match=r"'head/kernel' .* is no matrix"):
+    with pytest.raises(ValueError, match=r"'head/kernel' \(4,\) has fewer axes than the 2"):
         muon_nsgd(0.1).init({"head": {"kernel": jnp.zeros(4)}})
     assert tensor_ranks({"w": jnp.zeros((2, 3))}, [Rule("w", 2)]) == {"w": 2}
+
+
+def test_filters_of_a_convolution_are_normalised_as_one_tensor() -> None:
+    g = {"conv": {"kernel": jax.random.normal(jax.random.key(0), (2, 3, 3, 4, 5))}}  # two of them, stacked
+    u, _ = scale_by_muon_nsgd().update(g, scale_by_muon_nsgd().init(g))
+    np.testing.assert_allclose(np.sqrt((np.float64(u["conv"]["kernel"]) ** 2).sum((1, 2, 3, 4))), 1, rtol=1e-6)
+
+
+SHARDING = (
+    ShardingRule(r"up/kernel$", ("fsdp", "tensor")),
+    ShardingRule(r"down/kernel$", ("tensor", "fsdp")),
+    ShardingRule(r"embedding$", ("tensor", "fsdp")),
+)
+
+
+@pytest.mark.parametrize(("layers", "sizes"), [(5, (1, 2, 2)), (1, (2, 2, 2)), (3, (1, 8, 1))])
+def test_an_update_is_the_same_on_a_mesh(layers: int, sizes: tuple[int, int, int]) -> None:
+    """Many matrices are dealt out whole, few by columns; neither changes a direction."""
+    g = tree(9, layers)
+    alone = scale_by_muon_nsgd()
+    expected, _ = alone.update(g, alone.init(g))
+    devices = np.asarray(jax.devices()[: np.prod(sizes)]).reshape(sizes)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    spread = scale_by_muon_nsgd(sharding=SHARDING)
+    with jax.set_mesh(mesh):
+        got, _ = jax.jit(lambda g: spread.update(g, spread.init(g)))(g)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
 def test_a_small_matrix_and_a_tall_embedding_keep_their_kind() -> None:

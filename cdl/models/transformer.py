@@ -1,0 +1,202 @@
+"""What GPT-2 and ViT share: pre-norm blocks of attention and MLP, and a stack of them.
+
+Blocks of a stack are one block whose parameters lead with L, the layer. They are run by `jax.lax.scan`, so compile time
+does not grow with depth, and equal shapes lie together for the optimizer. Dense layers run over [B*S, D]: on CPUs, XLA
+is then faster than over [B, S, D].
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cdl.errors import UserError, unknown
+from cdl.sharding import BATCH, ShardingRule, constrain
+
+__all__ = ["REMAT", "SHARDING", "Block", "Compute", "Stack", "check_sizes", "compute_arguments", "dtype_of"]
+
+# name -> policy: what a block keeps for the backward pass. None: all of it, without rematerialisation.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+ATTENTION = ("auto", "xla", "cudnn")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# Kernels are [in, out]: split along what the block widens to ("tensor") and along the other side ("fsdp").
+SHARDING = (
+    ShardingRule(r"(qkv|up)/kernel$", ("fsdp", "tensor")),
+    ShardingRule(r"(out|down)/kernel$", ("tensor", "fsdp")),
+    ShardingRule(r"(qkv|up)/bias$", ("tensor",)),
+)
+
+
+class Compute(NamedTuple):
+    """How a model is computed, which changes nothing but rounding, memory and time: the config section `compute`.
+
+    remat: "none", "dots" (keep what dense layers gave) or "full" (keep only what enters a block).
+    attention: "xla", "cudnn" (fused, NVIDIA GPUs, bfloat16) or "auto" (the fused one where it works).
+    microbatches: parts that a batch is computed in, one after the other.
+    workers: processes that read data; 0 reads in threads.
+    """
+
+    remat: str = "none"
+    attention: str = "auto"
+    microbatches: int = 1
+    workers: int = 0
+
+
+def compute_arguments() -> dict[str, Any]:
+    """The config section `compute`, with its defaults."""
+    return Compute()._asdict()
+
+
+def dtype_of(name: str) -> Any:
+    """The dtype in which a model computes; parameters, norms, softmax and loss are float32 in any case."""
+    if name not in DTYPES:
+        raise unknown("model.dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+def check_sizes(d_model: int, n_head: int, **sizes: int) -> None:
+    """Raises UserError where a size is not positive, or `d_model` is not a multiple of `n_head`."""
+    for name, value in (sizes | dict(d_model=d_model, n_head=n_head)).items():
+        if value < 1:
+            raise UserError(f"model.{name}={value} must be at least 1")
+    if d_model % n_head:
+        raise UserError(f"model.d_model={d_model} must be a multiple of model.n_head={n_head}")
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention.
+
+    The columns of `qkv` are ordered (head, q k v, K), so that splitting them splits heads.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        *,
+        length: int,
+        causal: bool,
+        attention: str,
+        out_std: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.n_head, self.causal = n_head, causal
+        self.implementation = _implementation(attention, dtype, length, d_model // n_head, causal)
+        self.qkv = _dense(d_model, 3 * d_model, 0.02, dtype, rngs)
+        self.out = _dense(d_model, d_model, out_std, dtype, rngs)
+
+    def __call__(self, x_BSxD: jax.Array, batch: int) -> jax.Array:
+        D = x_BSxD.shape[-1]
+        qkv_BxSxHx3xK = self.qkv(x_BSxD).reshape(batch, -1, self.n_head, 3, D // self.n_head)
+        q_BxSxHxK, k_BxSxHxK, v_BxSxHxK = jnp.moveaxis(qkv_BxSxHx3xK, 3, 0)
+        y_BxSxHxK = jax.nn.dot_product_attention(
+            q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, is_causal=self.causal, implementation=self.implementation
+        )
+        return self.out(y_BxSxHxK.reshape(-1, D))
+
+
+class MLP(nnx.Module):
+    """Width 4 D and GELU; in the tanh form that GPT-2 was trained with, or exact as in ViT."""
+
+    def __init__(self, d_model: int, *, tanh: bool, out_std: float, dtype: Any, rngs: nnx.Rngs):
+        self.tanh = tanh
+        self.up = _dense(d_model, 4 * d_model, 0.02, dtype, rngs)
+        self.down = _dense(4 * d_model, d_model, out_std, dtype, rngs)
+
+    def __call__(self, x_BSxD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x_BSxD), approximate=self.tanh))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Weights are drawn from N(0, 0.02^2), those that write to the residual stream from N(0, 0.02^2 / (2 n_layer)).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        n_layer: int,
+        *,
+        length: int,
+        causal: bool,
+        tanh: bool,
+        epsilon: float,
+        dtype: Any,
+        attention: str,
+        rngs: nnx.Rngs,
+    ):
+        out_std = 0.02 / math.sqrt(2 * n_layer)
+        self.norm_1 = nnx.LayerNorm(d_model, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
+        self.attention = Attention(
+            d_model,
+            n_head,
+            length=length,
+            causal=causal,
+            attention=attention,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm_2 = nnx.LayerNorm(d_model, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
+        self.mlp = MLP(d_model, tanh=tanh, out_std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BSxD: jax.Array, batch: int) -> jax.Array:
+        x_BSxD = constrain(x_BSxD + self.attention(self.norm_1(x_BSxD), batch), BATCH)
+        return constrain(x_BSxD + self.mlp(self.norm_2(x_BSxD)), BATCH)
+
+
+class Stack(nnx.Module):
+    """`n_layer` blocks, one after the other: x_BSxD -> x_BSxD. Arguments as of `Block`; its parameters lead with L."""
+
+    def __init__(self, d_model: int, n_head: int, n_layer: int, *, remat: str, rngs: nnx.Rngs, **block: Any):
+        if remat not in REMAT:
+            raise unknown("compute.remat", remat, REMAT)
+        self.n_layer, self.remat = n_layer, remat
+
+        @nnx.split_rngs(splits=n_layer)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(rngs: nnx.Rngs) -> Block:
+            return Block(d_model, n_head, n_layer, rngs=rngs, **block)
+
+        self.layers = make(rngs)
+
+    def __call__(self, x_BSxD: jax.Array, batch: int) -> jax.Array:
+        graphdef, params_L = nnx.split(self.layers)
+
+        def layer(x_BSxD: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, params)(x_BSxD, batch), None
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+        return jax.lax.scan(layer, x_BSxD, params_L)[0]
+
+
+def _dense(n_in: int, n_out: int, std: float, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(n_in, n_out, dtype=dtype, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+
+
+@functools.cache
+def _implementation(wanted: str, dtype: Any, length: int, head: int, causal: bool) -> Any:
+    """What `jax.nn.dot_product_attention` is to use. "auto" asks the device, once: what cuDNN takes differs."""
+    if wanted not in ATTENTION:
+        raise unknown("compute.attention", wanted, ATTENTION)
+    if wanted != "auto" or jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
+        return "xla" if wanted == "auto" else wanted
+    x = jax.ShapeDtypeStruct((1, length, 1, head), dtype)
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    try:
+        jax.jit(jax.grad(lambda x: attend(x, x, x).astype(jnp.float32).sum())).lower(x).compile()
+    except Exception:  # whatever it is, the plain one works
+        return "xla"
+    return "cudnn"
