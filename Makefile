@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-check test lint format clean
+.PHONY: demo demo-check test test-slow lint format clean
 
 demo: .venv/cdl  ## a real sweep, its law, a figure and a prediction: about five minutes on two cores
 	$(BIN)/cdl sweep --config=configs/demo.py --out=runs/demo
@@ -11,8 +11,11 @@ demo: .venv/cdl  ## a real sweep, its law, a figure and a prediction: about five
 demo-check: .venv/cdl  ## the demo, then train the predicted horizon and compare
 	$(BIN)/cdl sweep --config=configs/demo.py --out=runs/demo --check
 
-test: .venv/test  ## all tests
+test: .venv/test  ## the tests, but for slow ones
 	$(BIN)/python -m pytest -n auto
+
+test-slow: .venv/test  ## the slow ones
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: .venv/dev  ## style, format and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The `cdl` command. Every verb is also a function of the package; here they get words, progress and exit codes.
 
-Exit codes: 0 fine, 2 bad input (one line on stderr says what and how to mend it), 130 interrupted.
+Exit codes: 0 fine, 2 bad input (one line on stderr says what and how to mend it), 130 interrupted (Ctrl-C), 143 asked
+to stop (SIGTERM).
 """
 
 import argparse
@@ -8,17 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from cdl.errors import UserError
-
-if TYPE_CHECKING:  # heavy imports wait until a verb needs them: `cdl --help` is instant
-    from rich.console import Console
-
-    from cdl.planning import Plan
-    from cdl.sweep.grid import Point
-    from cdl.sweep.store import Store
+from cdl.errors import Terminated, UserError
 
 __all__ = ["main"]
 
@@ -29,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     parser = _parser()
     # Changes may stand between options too, which argparse alone does not allow after it has seen some.
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(_with_values(sys.argv[1:] if argv is None else argv))
     if rest and (not hasattr(arguments, "changes") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -49,8 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as e:
         print(f"cdl: interrupted{f'; {e}' if str(e) else ''}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(e, Terminated) else 130
     return 0
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    """Options whose value may be left out do not take the word after them, which may be a change of the config."""
+    return [f"{word}=" if word in ("--wandb", "--profile") else word for word in words]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +63,14 @@ def _whole_number(text: str) -> int:
     if not number.is_integer():
         raise ValueError(text)
     return int(number)
+
+
+def _profiled(text: str) -> int:
+    """Steps of ``--profile=STEPS``; -1 of ``--profile``."""
+    number = _whole_number(text) if text else -1
+    if text and number < 1:
+        raise ValueError(text)
+    return number
 
 
 def _later(module: str, verb: str) -> Callable[[argparse.Namespace], None]:
@@ -109,25 +115,75 @@ def _parser() -> argparse.ArgumentParser:
             "changes", nargs="*", metavar="FIELD=VALUE", help="changes of the config, e.g. optimizer.name=adamw"
         )
 
+    def process_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--distributed", action="store_true", help="one of several processes, as Slurm or a TPU pod says"
+        )
+        p.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes, the address of the first")
+        p.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
+        p.add_argument("--process", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
+
+    def metrics_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--tensorboard", action="store_true", help="write event files to OUT/tensorboard")
+        p.add_argument(
+            "--wandb",
+            nargs="?",
+            type=lambda text: text or "cdl",
+            metavar="PROJECT",
+            help="write to Weights & Biases, project cdl unless --wandb=PROJECT",
+        )
+
     p = verb(
         "sweep",
-        _sweep,
+        _later("cli_train", "sweep"),
         "train the grid of a config, fit the law, write the report",
         "cdl sweep --config=configs/demo.py --out=runs/demo --check",
     )
     config_arguments(p)
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep; run again to go on")
     p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: one per device)")
+    process_arguments(p)
+    metrics_arguments(p)
     p.add_argument("--check", action="store_true", help="then train the predicted horizon and compare")
+    p.set_defaults(profile=None)  # of one run
 
     p = verb(
         "train",
-        _train,
+        _later("cli_train", "train"),
         "train one run",
         "cdl train --config=configs/demo.py T=800 eta_ref=2.0 data.path=my_text.txt",
     )
     config_arguments(p)
     p.add_argument("--out", metavar="DIR", help="folder for the result (default: runs/train-<id>)")
+    process_arguments(p)
+    metrics_arguments(p)
+    p.add_argument(
+        "--profile",
+        nargs="?",
+        type=_profiled,
+        metavar="STEPS",
+        help="trace about two seconds into OUT/profile, or with --profile=STEPS so many steps",
+    )
+    p.add_argument("--dry-run", action="store_true", help="say what the run takes, and train nothing; needs no data")
+    p.add_argument("--devices", type=int, metavar="N", help="with --dry-run: as on N devices (default: those here)")
+
+    p = verb(
+        "data",
+        _later("cli_data", "data"),
+        "make token files of text, JSON lines or Parquet",
+        "cdl data corpus/ more.jsonl.gz --out=data/mine --tokenizer=encoder.json,vocab.bpe",
+    )
+    p.add_argument("sources", nargs="+", metavar="SOURCE", help="text file, .jsonl[.gz|.zst], .parquet, or a folder")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to make, for data.path")
+    p.add_argument(
+        "--tokenizer",
+        default="bytes",
+        metavar="FILES",
+        help="bytes (default), VOCAB.json,MERGES.txt of GPT-2's kind, or a tokenizer.json",
+    )
+    p.add_argument("--field", default="text", metavar="NAME", help="field with the text (default: text)")
+    p.add_argument("--val", type=float, default=0.0005, metavar="SHARE", help="held-out documents (default: 0.0005)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
 
     p = verb("report", _report, "write report.html and figures of a sweep", "cdl report runs/demo")
     p.add_argument("folder", help="folder of a sweep")
@@ -256,95 +312,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sweep(arguments: argparse.Namespace) -> None:
-    from cdl import config as configs
-    from cdl.laws.horizon import NoLaw
-    from cdl.planning import CHECKS, plan
-    from cdl.report import write_report
-    from cdl.sweep.run import check_lanes, points_of, use_cpu_cores
-    from cdl.sweep.store import Store
-
-    use_cpu_cores()
-    if arguments.lanes is not None:
-        check_lanes(arguments.lanes)
-    console = _console()
-    config, grid = configs.load(arguments.config)
-    if grid is None:
-        raise UserError(f"--config={arguments.config!r} has no sweep(); use cdl train, or add one as configs/demo.py")
-    changes = configs.parse_assignments(arguments.changes)
-    for field in changes:
-        if any(field in c for c in grid):
-            raise UserError(f"{field} is an axis of the sweep; change sweep() in {arguments.config}, or use cdl train")
-    points = points_of(config, [changes | c for c in grid])
-    store = Store(arguments.out)
-    store.open_for(points)
-    _train_points(console, points, store, arguments.lanes)
-    try:
-        made = plan(store.root)
-    except NoLaw as e:  # the runs are what was asked for; not every grid has a law in it
-        if arguments.check:
-            raise UserError(f"the runs are done, but there is nothing to check: {e}") from e
-        print(f"The runs are done, but there is no law to fit: {e}.\nResults: {store.root}")
-        return
-    if arguments.check:
-        like = min(points, key=lambda p: p.config.seed).config  # one setting, or there were no law
-        checks = points_of(like, [dict(eta_ref=made.eta_ref, T=made.T)])
-        check_store = Store(store.root / CHECKS)
-        check_store.open_for(checks)
-        console.print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
-        _train_points(console, checks, check_store, None)
-    _show(*write_report(store.root))
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from cdl import config as configs
-    from cdl.sweep.run import points_of, use_cpu_cores
-    from cdl.sweep.store import Store
-
-    use_cpu_cores()
-    config, _ = configs.load(arguments.config)
-    points = points_of(config, [configs.parse_assignments(arguments.changes)])
-    out = Path(arguments.out) if arguments.out else Path("runs") / f"train-{points[0].id}"
-    store = Store(out)
-    store.open_for(points)
-    _train_points(_console(), points, store, 1)
-    row = store.table().set_index("id").loc[points[0].id]
-    if row.status == "done":
-        print(
-            f"done: held-out loss {row.loss:.4f}, training loss {row.train_loss:.4f}, {row.tokens_per_s:,.0f} tokens/s"
-        )
-    else:
-        print(f"diverged: the loss after {row.diverged_at:.0f} updates was not finite; try a smaller eta_ref")
-    print(f"Results: {out / points[0].id}")
-
-
-def _train_points(console: "Console", points: "Sequence[Point]", store: "Store", lanes: int | None) -> None:
-    from cdl.progress import TerminalProgress
-    from cdl.sweep.run import run_points
-
-    if {p.id for p in points} <= store.ids():
-        many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
-        console.print(
-            f"{store.root}: {many} there already, nothing to train.", highlight=False, soft_wrap=True, markup=False
-        )
-        return
-    try:
-        with TerminalProgress(console) as progress:
-            run_points(points, store, progress, lanes)
-    except KeyboardInterrupt:
-        kept = len({p.id for p in points} & store.ids())
-        raise KeyboardInterrupt(f"{kept} of {len(points)} runs are kept; the same command goes on from there") from None
-
-
 def _report(arguments: argparse.Namespace) -> None:
+    from cdl.cli_output import show_report
     from cdl.report import write_report
 
-    _show(*write_report(arguments.folder, arguments.T))
-
-
-def _show(made: "Plan", files: Sequence[Path]) -> None:
-    print(made.summary())
-    print(f"Report: {files[0]}\nFigures: {', '.join(str(f) for f in files[1:])}")
+    show_report(*write_report(arguments.folder, arguments.T))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -356,12 +328,6 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(made.summary())
     if arguments.plot:
         save_figure(made.plot(), arguments.plot, "Plan", made.summary())
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 if __name__ == "__main__":

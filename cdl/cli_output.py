@@ -5,6 +5,7 @@ import glob
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import pandas as pd
@@ -12,7 +13,10 @@ from matplotlib.figure import Figure
 
 from cdl.errors import UserError
 
-__all__ = ["FIGURES", "PAGES", "check_outputs", "save_figure", "save_table", "table_text"]
+if TYPE_CHECKING:
+    from cdl.planning import Plan
+
+__all__ = ["FIGURES", "PAGES", "check_outputs", "save_figure", "save_table", "show_report", "table_text"]
 
 FIGURES = (".png", ".pdf", ".svg")
 PAGES = (*FIGURES, ".html")
@@ -77,3 +81,9 @@ def table_text(table: pd.DataFrame) -> str:
     shown.columns = [c.ljust(len(shown[c].iloc[0])) if c in words else c for c in shown.columns]
     lines = shown.to_string(index=False, float_format="{:.6g}".format).splitlines()
     return "\n".join(line.rstrip() for line in lines)
+
+
+def show_report(made: "Plan", files: Sequence[Path]) -> None:
+    """Print a plan, and where its report is."""
+    print(made.summary())
+    print(f"Report: {files[0]}\nFigures: {', '.join(str(f) for f in files[1:])}")

@@ -1,12 +1,14 @@
 """Configs: `ml_collections.ConfigDict`s with every field present, made in plain Python files under `configs/`.
 
-A config file has ``get_config(arg)`` -> ConfigDict (of one run) and, for sweeps, ``sweep()`` -> list of dicts of
-changes to it, one per point. Fields are read as attributes; an unknown name is an error wherever it is met.
+A config file has ``get_config(arg)`` -> ConfigDict (of one run) and, for sweeps, ``sweep(arg)`` -> list of dicts of
+changes to it, one per point; either may do without the argument. Fields are read as attributes; an unknown name is an
+error wherever it is met.
 """
 
 import ast
 import contextlib
 import importlib.util
+import inspect
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,26 +19,31 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from cdl.data.text import data_arguments
+from cdl.data.build import data_arguments
 from cdl.errors import UserError, unknown
 from cdl.models.build import model_arguments
+from cdl.models.transformer import compute_arguments
 from cdl.optim.build import optimizer_arguments
 from cdl.schedules import shape_arguments
 
-__all__ = ["base", "change", "flatten", "from_flat", "load", "parse_assignments", "section"]
+__all__ = ["HOW", "NAMED", "PATHS", "base", "change", "flatten", "from_flat", "load", "parse_assignments", "section"]
 
+NAMED = ("model", "data", "optimizer", "schedule")  # sections whose other fields depend on their name
+HOW = ("compute", "mesh", "checkpoint")  # sections that change rounding, memory and time, and no result but for these
+PATHS = ("data.path", "init")  # of files that count by what is in them
 # Fields for which an int (updates) and a float (share of T) mean different things: never converted.
 _DURATIONS = {"schedule.warmup", "schedule.decay", "schedule.rise"}
 
 
 def section(kind: str, name: str, **changes: Any) -> ConfigDict:
-    """One of the sections that have a name ("model", "optimizer", "schedule"): its defaults, with changes.
+    """One of the sections that have a name (`NAMED`): its defaults, with changes.
 
     >>> flatten(section("optimizer", "sgd", momentum=0.9))
-    {'momentum': 0.9, 'name': 'sgd', 'weight_decay': 0.0}
+    {'clip_norm': 0.0, 'momentum': 0.9, 'name': 'sgd', 'weight_decay': 0.0}
     """
     defaults = {
         "model": model_arguments,
+        "data": data_arguments,
         "optimizer": optimizer_arguments,
         "schedule": lambda name: dict(warmup=0.0, final=0.0) | shape_arguments(name),
     }[kind](name)
@@ -50,19 +57,29 @@ def base() -> ConfigDict:
     """One run of the paper's setting (section 5.1) at the smallest scale; config files start from it.
 
     seed: of weights and data order. eta_ref, T: reference rate and number of updates; the peak rate is
-    eta_ref / sqrt(T). eval.times: held-out evaluations, evenly spaced, the last after update T. eval.tokens: predicted
-    tokens of the held-out set that is used, a fixed sample.
+    eta_ref / sqrt(T). eval.times: held-out evaluations, evenly spaced, the last after update T. eval.size: predicted
+    tokens, or images, of the held-out set that are used, a fixed sample. init: weights to start from, a file or folder
+    for `cdl.models.pretrained.load`; "": drawn from the seed.
+
+    The sections compute (`cdl.models.transformer.Compute`), mesh (sizes of `cdl.sharding.AXES`; -1: what the others
+    leave) and checkpoint say how a run is computed and not what (`HOW`). checkpoint.seconds: between two saves of
+    unfinished runs. checkpoint.steps: updates between two saves of a run, 0: by the clock alone. checkpoint.keep: how
+    many of a run stay.
     """
     return ConfigDict(
         dict(
             seed=0,
             eta_ref=1.0,
             T=400,
+            init="",
             model=section("model", "gpt2"),
-            data=data_arguments(),
+            data=section("data", "text"),
             optimizer=section("optimizer", "muon_nsgd"),
             schedule=section("schedule", "cosine", warmup=0.02),
-            eval=dict(times=5, tokens=32768),
+            eval=dict(times=5, size=32768),
+            compute=compute_arguments(),
+            mesh=dict(run=-1, data=1, fsdp=1, tensor=1),
+            checkpoint=dict(seconds=600.0, steps=0, keep=2),
         )
     )
 
@@ -83,7 +100,7 @@ def load(path: str) -> tuple[ConfigDict, list[dict[str, Any]] | None]:
     config = _call(file, module.get_config, *([arg] if arg else []))
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() of {name!r} gave a {type(config).__name__}; return a ConfigDict")
-    grid = _call(file, module.sweep) if hasattr(module, "sweep") else None
+    grid = _call(file, module.sweep, *_accepted(module.sweep, arg)) if hasattr(module, "sweep") else None
     if hasattr(module, "sweep") and not (isinstance(grid, list) and all(isinstance(g, Mapping) for g in grid)):
         raise UserError(f"sweep() of {name!r} must return a list of dicts; see configs/demo.py")
     return _checked(config, name), grid
@@ -92,8 +109,8 @@ def load(path: str) -> tuple[ConfigDict, list[dict[str, Any]] | None]:
 def change(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """A copy of the config with changes, dotted field -> value.
 
-    A new ``model.name``, ``optimizer.name`` or ``schedule.name`` brings that section's defaults with it (a schedule
-    keeps its warmup and final value); other changes come on top.
+    A new ``model.name``, ``data.name``, ``optimizer.name`` or ``schedule.name`` brings that section's defaults with it
+    (a schedule keeps its warmup and final value); other changes come on top.
 
     Raises:
       UserError: an unknown field, or a value of another kind than the field's.
@@ -104,7 +121,7 @@ def change(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for field, value in changes.items():
         kind, _, leaf = field.partition(".")
-        if leaf == "name" and kind in ("model", "optimizer", "schedule") and value != config[kind].name:
+        if leaf == "name" and kind in NAMED and value != config[kind].name:
             kept = {k: config[kind][k] for k in ("warmup", "final") if kind == "schedule"}
             config[kind] = section(kind, value, **kept)
     flat = flatten(config)
@@ -163,7 +180,7 @@ def _fit(field: str, value: Any, old: Any) -> Any:
 def _checked(config: ConfigDict, file: str) -> ConfigDict:
     """The config, if it has every field of a run, each of its kind, and no other."""
     template = base()
-    for kind in ("model", "optimizer", "schedule"):
+    for kind in NAMED:
         if kind in config and isinstance(config[kind], ConfigDict) and "name" in config[kind]:
             template[kind] = section(kind, config[kind].name)
     flat, expected = flatten(config), flatten(template)
@@ -186,6 +203,11 @@ def _call(file: Path, function: Callable[..., Any], *arguments: Any) -> Any:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
         where = f"{file}:{e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else 1}"
         raise UserError(f"{where}: {type(e).__name__}: {e}; mend the config file") from e
+
+
+def _accepted(sweep: Callable[..., Any], arg: str) -> list[str]:
+    """The argument of the config, where there is one and a sweep depends on it."""
+    return [arg] if arg and inspect.signature(sweep).parameters else []
 
 
 def _import(file: Path) -> ModuleType:

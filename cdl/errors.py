@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class Terminated(KeyboardInterrupt):
+    """Interrupted by SIGTERM instead of Ctrl-C."""
+
+
 def unknown(kind: str, value: object, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist: says which, the nearest one, and all there are."""
     names = sorted(known)

@@ -25,11 +25,11 @@ _SIZE = ("model.n_layer", "model.n_head", "model.d_model")  # what the pilots of
 def settings(table: pd.DataFrame) -> list[str]:
     """The columns of a sweep's table that one law must have in common: its config but for the axes of the law.
 
-    Of the schedule that includes everything: it is a shape over the horizon. The path of the data is left out, their
-    fingerprint is in.
+    Of the schedule that includes everything: it is a shape over the horizon. Paths of data and weights are left out,
+    their fingerprints are in.
     """
-    sections = ("model", "data", "optimizer", "schedule", "eval")
-    return [c for c in table.columns if c.split(".")[0] in sections and c != "data.path"]
+    sections = ("model", "data", "optimizer", "schedule", "eval", "init")
+    return [c for c in table.columns if c.split(".")[0] in sections and c not in ("data.path", "init")]
 
 
 @dataclass(frozen=True)

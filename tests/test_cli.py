@@ -18,6 +18,8 @@ from .conftest import TINY
 
 SWEEP = ["sweep", f"--config={TINY}", "--out=OUT"]
 TRAIN = ["train", f"--config={TINY}", "--out=OUT"]
+IMAGES = ["train", f"--config={TINY.replace('tiny', 'tiny_images')}", "--out=OUT"]
+RESNET = [*IMAGES, "model.name=resnet", "model.stem=cifar", "model.classes=10", "model.width=4"]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,30 @@ TRAIN = ["train", f"--config={TINY}", "--out=OUT"]
         ([*TRAIN, "eta_ref=-1"], "eta_ref=-1.0 must be a positive number"),
         ([*TRAIN, "eta_ref=1e999"], "eta_ref=inf must be a positive number"),
         ([*TRAIN, "T=1"], "schedule 'cosine' has no positive rate at T=1"),
+        ([*TRAIN, "mesh.data=3", "mesh.fsdp=-1"], "needs a multiple of 3 devices and there are 8"),
+        (
+            [*TRAIN, "mesh.data=16"],
+            "mesh.data=16, mesh.fsdp=1, mesh.tensor=1 needs a multiple of 16 devices and there are 8",
+        ),
+        ([*TRAIN, "mesh.data=-1", "mesh.tensor=-1"], "only one of data, fsdp and tensor can be -1"),
+        ([*TRAIN, "mesh.data=0"], "each must be at least 1, or -1"),
+        ([*TRAIN, "mesh.data=8"], "data.batch_size=4 must be a multiple of mesh.data=8 x mesh.fsdp=1"),
+        ([*TRAIN, "compute.microbatches=3"], "x compute.microbatches=3"),
+        ([*TRAIN, "compute.microbatches=0"], "compute.microbatches=0"),
+        ([*TRAIN, "compute.remat=some"], "no compute.remat 'some'; known: dots, full, none"),
+        ([*TRAIN, "compute.attention=flash"], "no compute.attention 'flash'"),
+        ([*TRAIN, "model.dtype=float16"], "no model.dtype 'float16'"),
+        ([*TRAIN, "checkpoint.seconds=0"], "checkpoint.seconds=0.0"),
+        ([*TRAIN, "optimizer.clip_norm=-1"], "optimizer.clip_norm=-1"),
+        ([*TRAIN, "data.name=images"], "model.name='gpt2' takes data.name='text'"),
+        ([*TRAIN, "data.name=pictures"], "no kind of data 'pictures'"),
+        ([*TRAIN, "--coordinator=10.0.0.1:1"], "belong together"),
+        ([*TRAIN, "--distributed", "--process=1"], "finds the other processes by itself"),
+        ([*IMAGES, "model.classes=9"], "model.classes=9 is too small for data.path='digits', which has 10 classes"),
+        ([*IMAGES, "model.image_size=16"], "gives images of 8 x 8 and model.image_size is 16"),
+        ([*IMAGES, "data.batch_size=5000"], "1617 images for training, one batch needs 5000"),
+        ([*IMAGES, "data.augment=flop"], "'flop'"),
+        ([*RESNET, "compute.microbatches=2"], "normalises over the whole batch; use 1"),
         (["train", "--config=absent.py"], "--config='absent.py' does not exist"),
         (["train"], "the following arguments are required: --config"),
         (["sweeep"], "invalid choice: 'sweeep'"),

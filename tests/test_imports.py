@@ -13,14 +13,16 @@ ROOT = Path(cdl.__file__).parent
 # Higher may import lower. What is not listed may be imported by all.
 LAYERS = [
     {"cli"},
-    {"report", "cli_theory", "cli_laws"},
+    {"cli_train"},
+    {"report", "cli_theory", "cli_laws", "cli_data"},
     {"progress", "cli_output"},
+    {"metrics"},
     {"planning"},
     {"sweep"},
     {"train", "config"},
     {"models", "optim", "data", "laws"},
     {"theory"},
-    {"schedules", "plots"},
+    {"schedules", "plots", "sharding"},
     {"errors"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     c.data.batch_size = 4
     c.data.seq_len = 16
     c.eval.times = 3
-    c.eval.tokens = 512
+    c.eval.size = 512
     return c
 
 

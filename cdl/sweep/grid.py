@@ -10,34 +10,34 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cdl.config import change, flatten, from_flat
+from cdl.config import HOW, PATHS, change, flatten, from_flat
 from cdl.errors import UserError
 
 __all__ = ["Point", "expand", "per_lane", "product"]
 
 
 def per_lane(field: str) -> bool:
-    """Is this config field data of a lane (rates, horizon, seed) rather than part of the compiled program?"""
-    return field in ("seed", "eta_ref", "T") or field.startswith("schedule.")
+    """Is this config field data of a lane (rates, weights, ..) rather than part of the compiled program?"""
+    return field in ("seed", "eta_ref", "T", "init.fingerprint") or field.startswith("schedule.")
 
 
 class Point:
-    """One run: a flat config, and the fingerprint of its data.
+    """One run: a flat config, and the fingerprints of its data and of the weights that it starts from ("": drawn).
 
     `id` is a hash of everything that decides the result, and of nothing else: of the data it is the tokens that count
-    and not the path, so a sweep can move with its data.
+    and not the path, so a sweep can move with its data; and so it is with weights.
     """
 
-    def __init__(self, flat: Mapping[str, Any], fingerprint: str):
+    def __init__(self, flat: Mapping[str, Any], fingerprint: str, init: str = ""):
         # Through JSON, so that a point just made and one read back are the same thing.
         self.flat: dict[str, Any] = json.loads(json.dumps(dict(flat), sort_keys=True))
-        self.fingerprint = fingerprint
+        self.fingerprints = {"data.fingerprint": fingerprint, "init.fingerprint": init}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The flat config, with the data's fingerprint for its path."""
-        kept = {k: v for k, v in self.flat.items() if k != "data.path"}
-        return kept | {"data.fingerprint": self.fingerprint}
+        """The flat config without what says how to compute it, and with fingerprints for the paths of files."""
+        kept = {k: v for k, v in self.flat.items() if k not in PATHS and k.split(".")[0] not in HOW}
+        return kept | self.fingerprints
 
     @cached_property
     def id(self) -> str:
@@ -47,7 +47,8 @@ class Point:
     @cached_property
     def program(self) -> str:
         """Points with equal `program` run in one compiled program."""
-        return _hash({k: v for k, v in self.identity.items() if not per_lane(k)})
+        how = {k: v for k, v in self.flat.items() if k.split(".")[0] in HOW}
+        return _hash({k: v for k, v in (self.identity | how).items() if not per_lane(k)})
 
     @cached_property
     def config(self) -> ConfigDict:
@@ -75,7 +76,10 @@ def product(**axes: Sequence[Any] | np.ndarray) -> list[dict[str, Any]]:
 
 
 def expand(
-    config: ConfigDict, changes: Iterable[Mapping[str, Any]], fingerprint_of: Callable[[ConfigDict], str]
+    config: ConfigDict,
+    changes: Iterable[Mapping[str, Any]],
+    fingerprint_of: Callable[[ConfigDict], str],
+    init_of: Callable[[ConfigDict], str] = lambda _: "",
 ) -> list[Point]:
     """The points of a grid.
 
@@ -83,6 +87,7 @@ def expand(
       config: of one run.
       changes: what each point changes of it.
       fingerprint_of: config -> fingerprint of the data it names.
+      init_of: config -> fingerprint of the weights it starts from, "" where they are drawn.
 
     Raises:
       UserError: an unknown field, or the same point twice.
@@ -90,7 +95,7 @@ def expand(
     points: dict[str, Point] = {}
     for c in changes:
         changed = change(config, c)
-        point = Point(flatten(changed), fingerprint_of(changed))
+        point = Point(flatten(changed), fingerprint_of(changed), init_of(changed))
         if point.id in points:
             raise UserError(f"the grid has the point {dict(c)} twice; remove one")
         points[point.id] = point

@@ -1,39 +1,63 @@
-"""Run the points that a store lacks: group them by program, train each group in lanes, publish each as it ends."""
+"""Run the points that a store lacks: group them by program, train each group in lanes, publish each as it ends.
+
+With several processes (`jax.distributed`) all of them run every point together, on one mesh; the first one writes.
+"""
 
 import functools
+import hashlib
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cdl.data.text import Corpus, batches, heldout_batches, read_corpus
+from cdl.data import build as data
 from cdl.errors import UserError
 from cdl.models import build as models
+from cdl.models import pretrained
+from cdl.models.transformer import Compute
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
+from cdl.sharding import make_mesh, mesh_shape
 from cdl.sweep.grid import Point, expand
 from cdl.sweep.store import Store
-from cdl.train.loop import LaneStatus, Outcome, Run, train
+from cdl.train.checkpoint import Checkpoints
+from cdl.train.flops import StepCost, mfu, peak_flops, step_flops
+from cdl.train.loop import LaneStatus, Outcome, Run, Saving, train
 from cdl.train.step import Program
 
-__all__ = ["Listener", "check_lanes", "points_of", "program_for", "run_points", "use_cpu_cores"]
+__all__ = [
+    "Layout",
+    "Listener",
+    "environment",
+    "layout",
+    "parts_of",
+    "points_of",
+    "program_for",
+    "run_points",
+    "shape_on",
+    "use_cpu_cores",
+]
 
 _BLOCK_BYTES = 4 << 20  # of batches in one dispatch and lane
 _MOST_BLOCK = 64
 
 
 class Listener(Protocol):
-    """Who watches a sweep; see `cdl.progress`."""
+    """Who watches a sweep; see `cdl.progress` and `cdl.metrics`."""
 
-    def start(self, todo: Sequence[Point], finished: int, lanes: int) -> None:
-        """Training begins: points to run, number already there, lanes."""
+    def start(self, todo: Sequence[Point], finished: int, lanes: int, costs: Mapping[str, StepCost]) -> None:
+        """Training begins: points to run, number already there, lanes, and by id what a step of each point takes."""
         ...
 
     def block(self, lanes: Sequence[LaneStatus]) -> None:
@@ -45,63 +69,182 @@ class Listener(Protocol):
         ...
 
 
+class Layout(NamedTuple):
+    """Where runs go: on which mesh, in how many lanes, and how many of these are used."""
+
+    mesh: Mesh
+    lanes: int
+    at_once: int
+
+
 def points_of(config: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[Point]:
     """The points of a grid, each checked: whatever can be wrong with one is said before any of them runs.
 
     Raises:
       UserError: see `expand`, and bad values anywhere in a point's config.
     """
-
-    def fingerprint(c: ConfigDict) -> str:
-        return _corpus(c.data.path, c.data.heldout).fingerprint
-
-    points = expand(config, changes, fingerprint)
+    points = expand(config, changes, lambda c: data.fingerprint(c.data), _init_fingerprint)
     if not points:
         raise UserError("the grid has no points; let sweep() return at least one")
     checked: set[str] = set()
     for point in points:
-        _run_of(point)
+        _eta_T(point.config)
+        _eval_steps(point.config)
         if point.program not in checked:
             _parts(point)
             checked.add(point.program)
     return points
 
 
-def run_points(points: Sequence[Point], store: Store, listener: Listener, lanes: int | None = None) -> None:
+def shape_on(config: ConfigDict, devices: int) -> dict[str, int]:
+    """The sizes of the mesh on so many devices, axis -> size.
+
+    Raises:
+      UserError: a mesh that does not fit the devices or the batch.
+    """
+    shape = mesh_shape(config.mesh.to_dict(), devices)
+    rows, parts = config.data.batch_size, shape["data"] * shape["fsdp"] * config.compute.microbatches
+    if config.compute.microbatches < 1 or rows % parts:
+        raise UserError(
+            f"data.batch_size={rows} must be a multiple of mesh.data={shape['data']} x mesh.fsdp={shape['fsdp']} x "
+            f"compute.microbatches={config.compute.microbatches}"
+        )
+    return shape
+
+
+def layout(config: ConfigDict, runs: int, lanes: int | None = None) -> Layout:
+    """Where runs of a config go on this machine, or with several processes on all of theirs.
+
+    On a CPU there are at least two rows for small runs, of which one may idle: XLA compiles a program for one device by
+    another route than for several, with other last bits, and a run is to be the same alone and in company.
+
+    Args:
+      config: of one of the runs.
+      runs: number of runs there are.
+      lanes: runs side by side; one per row of the mesh if None.
+
+    Raises:
+      UserError: a mesh that does not fit the devices or the batch; lanes fewer than one; more than there are rows on
+        CPU devices, where lanes that share one would only change last bits; on other devices, more than there are and
+        no multiple of them; several processes and more than one lane.
+    """
+    devices = jax.devices()
+    shape = shape_on(config, len(devices))
+    rows, spread = shape["run"], math.prod(shape.values()) // shape["run"]
+    if lanes is not None and lanes < 1:
+        raise UserError(f"--lanes={lanes} must be at least 1")
+    if jax.process_count() > 1:
+        if rows > 1 or (lanes or 1) > 1 or spread < len(devices):
+            raise UserError(
+                f"{jax.process_count()} processes train one run at a time on all {len(devices)} devices; let "
+                "mesh.data, mesh.fsdp and mesh.tensor multiply to that (one of them may be -1), and mesh.run be -1 or 1"
+            )
+        at_once = 1
+    elif lanes is not None and lanes > rows and devices[0].platform == "cpu":
+        raise UserError(f"--lanes={lanes} exceeds the number of CPU cores, {rows}; use at most that many")
+    elif lanes is not None and lanes > rows and lanes % rows:
+        raise UserError(f"--lanes={lanes} must be a multiple of the number of devices, {rows}")
+    else:
+        at_once = lanes or min(rows, runs)
+    used = at_once if devices[0].platform != "cpu" or spread > 1 else max(at_once, min(2, rows))
+    mesh = make_mesh(shape | dict(run=min(used, rows)), devices)
+    return Layout(mesh, used, min(at_once, runs))
+
+
+def run_points(
+    points: Sequence[Point],
+    store: Store,
+    listeners: Sequence[Listener],
+    lanes: int | None = None,
+    *,
+    keep: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Train every point that the store lacks; longest first, so that the lanes end together.
+
+    Runs that are stopped are saved under ``<store>/checkpoints/<id>`` and go on from there.
 
     Args:
       points: distinct, from `points_of`.
       store: opened for them.
-      listener: told of progress.
-      lanes: runs side by side, one per device if None; see `check_lanes`.
+      listeners: told of progress, one after the other.
+      lanes: runs side by side; see `layout`.
+      keep: keep the last checkpoint of finished runs.
+      stop: asked often; once it is true, runs are saved and `cdl.train.loop.Stopped` is raised.
     """
     finished = store.ids()
-    todo = [p for p in points if p.id not in finished]
+    lacks = np.array([p.id not in finished for p in points])
+    if jax.process_count() > 1:
+        lacks = multihost_utils.broadcast_one_to_all(lacks)  # the first one's word: the others' files may lag behind
+    todo = [p for p, lacking in zip(points, lacks, strict=True) if lacking]
+    first = jax.process_index() == 0
+    for p in points:
+        if first and p not in todo and _last_step(_checkpoints(store, p)) != p.config.T:  # else they were kept
+            shutil.rmtree(_checkpoints(store, p), ignore_errors=True)
     if not todo:
         return
     todo.sort(key=lambda p: -p.config.T)
-    devices, R, at_once = _devices(lanes, len(todo))
-    listener.start(todo, len(points) - len(todo), at_once)
     groups: dict[str, list[Point]] = {}
     for point in todo:
         groups.setdefault(point.program, []).append(point)
-    for group in groups.values():
-        program = program_for(group[0], R, devices)
+    layouts = {key: layout(group[0].config, len(group), lanes) for key, group in groups.items()}
+    costs = {key: _cost(group[0].config, layouts[key]) for key, group in groups.items()}
+    by_point = {p.id: costs[key] for key, group in groups.items() for p in group}
+    for listener in listeners:
+        listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
+
+    def on_block(lanes: list[LaneStatus]) -> None:
+        for listener in listeners:
+            listener.block(lanes)
+
+    for key, group in groups.items():
+        where = layouts[key]
+        program = program_for(group[0], where)
         by_id = {p.id: p for p in group}
-        for outcome in train(program, map(_run_of, group), listener.block, at_once):
+        opened: dict[str, Checkpoints] = {}
+        saving = _saving(store, by_id, opened, keep)
+        runs = (_run_of(p, program) for p in group)
+        for outcome in train(program, runs, on_block, at_once=where.at_once, saving=saving, stop=stop):
             point = by_id[outcome.run.id]
-            result = _result(point, outcome, program.n_params)
-            store.write(point, outcome.curve, result)
-            listener.finished(point, result)
+            result = _result(point, outcome, program, by_point[point.id])
+            if first:
+                store.write(point, outcome.curve, result)
+            checkpoints = opened.pop(point.id)
+            if keep and outcome.status == "done":
+                checkpoints.close()
+            else:
+                checkpoints.remove()
+            for listener in listeners:
+                listener.finished(point, result)
 
 
-def program_for(point: Point, lanes: int, devices: Sequence[jax.Device]) -> Program:
+def program_for(point: Point, where: Layout) -> Program:
     """The program that runs this point and all points with an equal `program`."""
-    model, optimizer, heldout = _parts(point)
-    data = point.config.data
-    block = min(_MOST_BLOCK, max(1, _BLOCK_BYTES // (data.batch_size * (data.seq_len + 1) * 2)))
-    return Program(model, optimizer, heldout, lanes=lanes, devices=devices, block=block)
+    model, optimizer, dataset = _parts(point)
+    c = point.config
+    heldout = dataset.heldout(c.eval.size)
+    bytes_of_batch = sum(x[0].nbytes for x in jax.tree.leaves(heldout))
+    return Program(
+        model,
+        optimizer,
+        heldout,
+        lanes=where.lanes,
+        mesh=where.mesh,
+        block=min(_MOST_BLOCK, max(1, _BLOCK_BYTES // bytes_of_batch)),
+        prepare=dataset.prepare,
+        microbatches=c.compute.microbatches,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What runs in this process are computed by: the name of the devices, processes, versions."""
+    packages = ("cdl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},
+    }
 
 
 def use_cpu_cores() -> None:
@@ -110,6 +253,8 @@ def use_cpu_cores() -> None:
     Small models leave most of a second core idle, a second run does not (experiments/benchmarks/lanes.py). Has to
     come before JAX is first used; later it changes nothing.
     """
+    if jax.config.jax_num_cpu_devices > 0:  # pyrefly: ignore[missing-attribute]
+        return  # said by JAX_NUM_CPU_DEVICES
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         jax.config.update("jax_num_cpu_devices", max(2, cores))
@@ -117,101 +262,163 @@ def use_cpu_cores() -> None:
         return  # JAX is in use already, as in a notebook: its devices are what there is
 
 
-def check_lanes(lanes: int) -> None:
-    """Can so many runs go side by side on this machine's devices?
+def _cost(c: ConfigDict, where: Layout) -> StepCost:
+    """What a step of a run takes, on its share of the devices."""
+    one = c.data.copy_and_resolve_references()
+    one.batch_size = 1  # for the shapes of a row
+    dataset = data.build(c.data)
+    row = jax.eval_shape(dataset.prepare, next(data.build(one).batches(c.seed, 0)))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype), row)
+    model = models.build(c.model.to_dict(), Compute(attention="xla"))  # fused attention hides what it computes
+    peak = peak_flops(where.mesh.devices.flat[0].device_kind, c.model.dtype)
+    devices = where.mesh.size / where.lanes
+    return StepCost(dataset.unit, dataset.per_batch, step_flops(model, batch), peak and peak * devices)
+
+
+def _checkpoints(store: Store, point: Point) -> Path:
+    return store.root / "checkpoints" / point.id
+
+
+def _last_step(checkpoints: Path) -> int:
+    """Of the newest checkpoint in a folder, 0 if there is none."""
+    return max((int(f.name.removeprefix("step_")) for f in checkpoints.glob("step_[0-9]*[0-9]")), default=0)
+
+
+def _saving(store: Store, points: Mapping[str, Point], opened: dict[str, Checkpoints], keep: bool) -> Saving:
+    how = next(iter(points.values())).config.checkpoint
+
+    def open(run: Run) -> Checkpoints:
+        point = points[run.id]
+        opened[run.id] = Checkpoints(_checkpoints(store, point), point.identity, keep=how.keep)
+        return opened[run.id]
+
+    return Saving(open, how.seconds, how.steps, keep)
+
+
+def _parts(point: Point) -> tuple[models.Model, Any, data.Dataset]:
+    """Model, optimizer and data of a point; raises UserError where they do not fit together."""
+    model, optimizer = parts_of(point.config)
+    dataset = data.build(point.config.data)
+    dataset.check(point.config.model.to_dict())
+    return model, optimizer, dataset
+
+
+def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
+    """Model and optimizer of a run, and all checks of it that need no data.
 
     Raises:
-      UserError: fewer than one; more than there are CPU devices, where lanes that share one would only change last
-        bits; on other devices, more than there are and no multiple of them.
+      UserError: bad values anywhere in the config, or parts that do not fit together.
     """
-    devices = jax.local_devices()
-    if lanes < 1:
-        raise UserError(f"--lanes={lanes} must be at least 1")
-    if lanes > len(devices) and devices[0].platform == "cpu":
-        raise UserError(f"--lanes={lanes} exceeds the number of CPU cores, {len(devices)}; use at most that many")
-    if lanes > len(devices) and lanes % len(devices):
-        raise UserError(f"--lanes={lanes} must be a multiple of the number of devices, {len(devices)}")
-
-
-def _devices(lanes: int | None, runs: int) -> tuple[list[jax.Device], int, int]:
-    """Devices to use, lanes on them, and how many of those to fill.
-
-    On a CPU at least two devices, of which one may idle: XLA compiles a program for one device by another route than
-    for several, with other last bits, and a run is to be the same alone and in company.
-    """
-    devices = jax.local_devices()
-    at_once = lanes or min(len(devices), runs)
-    check_lanes(at_once)
-    R = max(at_once, min(2, len(devices))) if devices[0].platform == "cpu" else at_once
-    return devices[:R], R, min(at_once, runs)
-
-
-@functools.lru_cache(maxsize=4)
-def _corpus(path: str, heldout: float) -> Corpus:
-    return read_corpus(path, heldout)
-
-
-@functools.lru_cache(maxsize=4)
-def _largest_token(path: str, heldout: float) -> int:
-    """Over all of the text, a piece at a time: it may be larger than memory."""
-    piece, corpus = 1 << 24, _corpus(path, heldout)
-    return max(int(t[i : i + piece].max()) for t in (corpus.train, corpus.heldout) for i in range(0, len(t), piece))
-
-
-def _parts(point: Point) -> tuple[models.Model, Any, np.ndarray]:
-    """Model, optimizer and held-out batches of a point; raises UserError where they do not fit together."""
-    c = point.config
-    model = models.build(c.model.to_dict())
-    optimizer = optimizers.build(c.optimizer.to_dict())
-    corpus = _corpus(c.data.path, c.data.heldout)
-    if c.data.seq_len > c.model.context:
-        raise UserError(f"data.seq_len={c.data.seq_len} exceeds model.context={c.model.context}; raise model.context")
-    heldout = heldout_batches(corpus, c.data, c.eval.tokens)
-    most = _largest_token(c.data.path, c.data.heldout)  # one beyond the vocabulary would read as NaN
-    if most >= c.model.vocab_size:
+    _eta_T(c)
+    _eval_steps(c)
+    how = c.checkpoint
+    if how.seconds <= 0 or how.steps < 0 or how.keep < 1:
         raise UserError(
-            f"model.vocab_size={c.model.vocab_size} is too small for data.path={c.data.path!r}, which has token "
-            f"{most}; use at least {most + 1}"
+            f"checkpoint.seconds={how.seconds}, checkpoint.steps={how.steps}, checkpoint.keep={how.keep}: must be "
+            f"positive, at least 0 and at least 1"
         )
-    return model, optimizer, heldout
+    model = models.build(c.model.to_dict(), Compute(**c.compute.to_dict()))
+    if model.data != c.data.name:
+        raise UserError(f"model.name={c.model.name!r} takes data.name={model.data!r} and not {c.data.name!r}")
+    if c.compute.microbatches > 1 and jax.tree.leaves(jax.eval_shape(model.init, 0)[1]):
+        raise UserError(
+            f"compute.microbatches={c.compute.microbatches}: model.name={c.model.name!r} normalises over the whole "
+            f"batch; use 1, and more devices along mesh.data"
+        )
+    return model, optimizers.build(c.optimizer.to_dict(), model.rules)
 
 
-def _run_of(point: Point) -> Run:
-    c = point.config
+def _init_fingerprint(c: ConfigDict) -> str:
+    """A hash of the weights that a run starts from, whatever file has them; "" where they are drawn.
+
+    Raises:
+      UserError: nothing there that can be read, or the weights of another model.
+    """
+    return _fingerprint(c.init, _hashable(c.model)) if c.init else ""
+
+
+def _weights(c: ConfigDict) -> tuple[Any, Any]:
+    return _load(c.init, _hashable(c.model), c.seed)
+
+
+@functools.lru_cache(maxsize=4)
+def _fingerprint(path: str, model: tuple[tuple[str, Any], ...]) -> str:
+    h = hashlib.sha256()
+    for place, leaf in jax.tree.leaves_with_path(_load(path, model, 0)):
+        h.update(f"{jax.tree_util.keystr(place)}{leaf.shape};".encode())
+        h.update(np.ascontiguousarray(leaf, "<f4").data)
+    return h.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1)  # all runs of a sweep share it
+def _load(path: str, model: tuple[tuple[str, Any], ...], seed: int) -> tuple[Any, Any]:
+    return pretrained.load(dict(model), Path(path).expanduser(), seed)
+
+
+def _hashable(section: ConfigDict) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(section.to_dict().items()))
+
+
+def _eta_T(c: ConfigDict) -> np.ndarray:
     if not 0 <= c.seed < 2**32:
         raise UserError(f"seed={c.seed} must be in [0, 2^32)")
     if not 0 < c.eta_ref < math.inf:
         raise UserError(f"eta_ref={c.eta_ref} must be a positive number")
-    if c.eval.times < 1 or c.eval.tokens < 1:
-        raise UserError(f"eval.times={c.eval.times} and eval.tokens={c.eval.tokens} must be at least 1")
     arguments = c.schedule.to_dict()
     eta_T = schedule(arguments.pop("name"), c.T, peak=c.eta_ref / max(c.T, 1) ** 0.5, **arguments)
     if not eta_T.any():
         raise UserError(f"schedule {c.schedule.name!r} has no positive rate at T={c.T}; use a longer T")
+    return eta_T
+
+
+def _eval_steps(c: ConfigDict) -> tuple[int, ...]:
+    if c.eval.times < 1 or c.eval.size < 1:
+        raise UserError(f"eval.times={c.eval.times} and eval.size={c.eval.size} must be at least 1")
     times = min(c.eval.times, c.T)
-    steps = sorted({max(1, round(c.T * i / times)) for i in range(1, times + 1)})
-    corpus = _corpus(c.data.path, c.data.heldout)
-    return Run(point.id, c.seed, eta_T, tuple(steps), batches(corpus, c.data, c.seed))
+    return tuple(sorted({max(1, round(c.T * i / times)) for i in range(1, times + 1)}))
 
 
-def _result(point: Point, outcome: Outcome, n_params: int) -> dict[str, Any]:
-    """What result.json holds; None where a diverged run has no number."""
+def _run_of(point: Point, program: Program) -> Run:
+    c = point.config
+    dataset = data.build(c.data)
+    batches = functools.partial(dataset.batches, c.seed, part=program.part, workers=c.compute.workers)
+    initial = functools.partial(_weights, c) if c.init else None
+    return Run(point.id, c.seed, _eta_T(c), _eval_steps(c), batches, initial)
+
+
+def _result(point: Point, outcome: Outcome, program: Program, cost: StepCost) -> dict[str, Any]:
+    """What result.json holds; None where a diverged run has no number, and where the peak of the devices is not known.
+
+    Speed and MFU are over all its seconds, evaluations included.
+    """
     c, curve = point.config, outcome.curve
     last = curve["train_loss"][-1 - max(1, c.T // 20) : -1]  # row T has none
     done = outcome.status == "done"
     steps = len(curve["step"]) - done
-    tokens = steps * c.data.batch_size * c.data.seq_len
+    dataset = data.build(c.data)
+    predicted = steps * dataset.per_batch
+    used = mfu(
+        steps * cost.flops,
+        max(outcome.seconds, 1e-9),
+        program.mesh.size / program.lanes,
+        program.mesh.devices.flat[0].device_kind,
+        c.model.dtype,
+    )
     return {
         "status": outcome.status,
         "loss": float(curve["eval_loss"][-1]) if done else None,
+        "accuracy": float(curve["eval_accuracy"][-1]) if done else None,
         "train_loss": float(np.mean(last)) if done else None,
         "diverged_at": outcome.diverged_at,
         "eta_peak": c.eta_ref / c.T**0.5,
-        "n_params": n_params,
-        "tokens": tokens,
+        "n_params": program.n_params,
+        dataset.unit: predicted,
         "seconds": round(outcome.seconds, 3),
-        "tokens_per_s": round(tokens / max(outcome.seconds, 1e-9), 1),
-        "device": jax.local_devices()[0].device_kind,
-        "versions": {p: version(p) for p in ("cdl", "jax", "flax", "optax")} | {"python": platform.python_version()},
+        "seconds_waited": round(outcome.waited, 3),
+        f"{dataset.unit}_per_s": round(predicted / max(outcome.seconds, 1e-9), 1),
+        "flops_per_step": cost.flops,
+        "mfu": used and round(used, 4),
+        **environment(),
+        "devices": program.mesh.size // program.rows,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -1,7 +1,7 @@
 """Results on disk: one folder per finished point, complete or absent.
 
     runs/demo/sweep.json            what the sweep's points have in common, and their ids
-    runs/demo/<id>/point.json       config and data fingerprint
+    runs/demo/<id>/point.json       config, and fingerprints of its data and of the weights that it starts from
     runs/demo/<id>/curve.parquet    step, eta, train_loss, eval_loss (rows: see `cdl.train.loop`)
     runs/demo/<id>/result.json      status, final losses, time, versions
 
@@ -30,6 +30,7 @@ __all__ = ["Store", "sweep_table"]
 
 _TEMPORARY = ".writing-"
 _STALE_SECONDS = 3600  # writing takes milliseconds; one this old belongs to nobody
+_FINGERPRINTS = {"data.fingerprint": "saw other text", "init.fingerprint": "started from other weights"}
 _FIRST = ["id", "status", "eta_ref", "T", "seed", "eta_peak", "loss", "train_loss", "seconds"]
 
 
@@ -55,9 +56,9 @@ class Store:
             # Names first: another optimizer also has other arguments, but that is not the news.
             for field, there in sorted(old["fixed"].items(), key=lambda x: (not x[0].endswith(".name"), x[0])):
                 here = fixed.get(field, "varied")
-                if field == "data.fingerprint" and here != there:
+                if field in _FINGERPRINTS and here != there:
                     raise UserError(
-                        f"{self.root} belongs to another sweep: its runs saw other text; choose another --out"
+                        f"{self.root} belongs to another sweep: its runs {_FINGERPRINTS[field]}; choose another --out"
                     )
                 if here != there:
                     raise UserError(
@@ -94,7 +95,7 @@ class Store:
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.root))
         temporary.chmod(0o755)  # mkdtemp makes it private, results are not
         pd.DataFrame(dict(curve)).to_parquet(temporary / "curve.parquet", index=False)
-        described = {"id": point.id, "config": point.flat, "data.fingerprint": point.fingerprint}
+        described = {"id": point.id, "config": point.flat} | point.fingerprints
         (temporary / "point.json").write_text(json.dumps(described, indent=1))
         (temporary / "result.json").write_text(json.dumps(dict(result), indent=1))
         for file in temporary.iterdir():
@@ -126,8 +127,8 @@ class Store:
             point, result = (_read_json(folder / f, f"the folder {folder}") for f in ("point.json", "result.json"))
             if "config" not in point or "loss" not in result:
                 raise UserError(f"{folder} is damaged: a field is missing; remove it and run the sweep again")
-            fingerprint = {"data.fingerprint": point.get("data.fingerprint")}
-            rows.append({"id": id} | result | point["config"] | fingerprint)
+            fingerprints = {field: point.get(field, "") for field in _FINGERPRINTS}
+            rows.append({"id": id} | result | point["config"] | fingerprints)
         if not rows:
             return pd.DataFrame(columns=pd.Index(_FIRST))
         table = pd.DataFrame(rows).astype({"loss": float, "train_loss": float})

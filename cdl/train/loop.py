@@ -1,8 +1,12 @@
 """The one training loop: keeps the lanes of a `Program` full until every run has ended.
 
-Step convention: row s of a curve is about the weights after s updates. `eval_loss` at row s is their held-out loss;
-`train_loss` at row s is their loss on the batch of update s+1, the one they are about to learn from; `eta` at row s
-is the rate of update s, which led there (0 at row 0). Row T has no training batch and hence no training loss.
+Step convention: row s of a curve is about the weights after s updates. `eval_loss` and `eval_accuracy` at row s are
+theirs on the held-out batches; `train_loss` and `grad_norm` at row s are theirs on the batch of update s+1, the one
+they are about to learn from; `eta` at row s is the rate of update s, which led there (0 at row 0). Row T has no
+training batch and hence neither of these.
+
+With several processes each runs this loop, and makes the same decisions at the same steps: they depend on numbers that
+all of them read, among them each other's wishes to save or to stop.
 """
 
 import time
@@ -14,33 +18,61 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cdl.train.step import Program
+from cdl.train.checkpoint import Checkpoints
+from cdl.train.step import Evaluation, Program, StepMetrics
 
-__all__ = ["LaneStatus", "Outcome", "Run", "train"]
+__all__ = ["LaneStatus", "Outcome", "Run", "Saving", "Stopped", "train"]
 
 BLOCK_SECONDS = 0.25  # aim for one dispatch: long against its overhead, short for a person who watches
 BLOCKS_IN_FLIGHT = 2  # dispatched but unread: the devices never wait for the host
 
 
+class Stopped(Exception):
+    """Training was asked to stop, and did, with every run saved."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What to train. id: a name. seed: of the weights. eta_T: float64 [T]. eval_steps: rising, the last is T.
-    batches: batches[k-1] is the batch of update k."""
+    batches: from a number of updates s to the batches of updates s+1, s+2, ..., of this process's rows.
+    initial: the parameters and statistics to start from, trees of NumPy arrays; None: drawn from the seed."""
 
     id: str
     seed: int
     eta_T: np.ndarray
     eval_steps: tuple[int, ...]
-    batches: Any
+    batches: Callable[[int], Iterator[Any]]
+    initial: Callable[[], tuple[Any, Any]] | None = None
+
+
+class Saving(NamedTuple):
+    """Where and when unfinished runs are saved.
+
+    open: the checkpoints of a run; if there are any, the run goes on from the newest.
+    seconds: between two saves of all runs, by the clock. steps: also after every so many updates of a run; 0: not.
+    final: also after the last update, to keep what was trained.
+    """
+
+    open: Callable[[Run], Checkpoints]
+    seconds: float
+    steps: int
+    final: bool
+
+    def now(self, step: int, T: int) -> bool:
+        """Is a run of T updates to be saved after this one?"""
+        return self.final if step == T else self.steps > 0 and step % self.steps == 0
 
 
 class Outcome(NamedTuple):
     """How a run ended.
 
     status: "done", or "diverged" where a loss was NaN or infinite; then the curve stops before that row.
-    curve: arrays `step`, `eta`, `train_loss`, `eval_loss` of one length; NaN where nothing was measured.
+    curve: arrays `step`, `eta`, `train_loss`, `grad_norm`, `eval_loss`, `eval_accuracy` of one length; NaN where
+      nothing was measured.
     diverged_at: the row whose loss was not finite, or None.
-    seconds: from the first dispatch to the last number read, beside the other lanes; compilation is before that.
+    seconds: from the first dispatch to the last number read, beside the other lanes; compilation is before that, and
+      time between a save and its restoring is left out.
+    waited: seconds of these in which the devices had nothing to do because a batch was still being read.
     """
 
     run: Run
@@ -48,161 +80,267 @@ class Outcome(NamedTuple):
     curve: dict[str, np.ndarray]
     diverged_at: int | None
     seconds: float
+    waited: float
 
 
 class LaneStatus(NamedTuple):
-    """What one lane was doing when its numbers were last read."""
+    """What one lane was doing when its numbers were last read.
+
+    first, step: this block was updates first + 1 to step. eta, loss, grad_norm: of each of them, [step - first].
+    evaluation: at `step`, or None. waited: see `Outcome`.
+    """
 
     run: Run
+    first: int
     step: int
-    eta: float
-    loss: float
+    eta: np.ndarray
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    evaluation: Evaluation | None
+    waited: float
+
+
+_BEFORE = ("train_loss", "grad_norm")  # rows 0 to s-1 are known after s updates
+_AFTER = ("eval_loss", "eval_accuracy")  # rows 0 to s
 
 
 @dataclass
 class _Live:
-    """A run that has not ended: how far it is dispatched, and its losses as far as they are read."""
+    """A run that has not ended: how far it is dispatched, and its numbers as far as they are read."""
 
     run: Run
-    started: float
+    checkpoints: Checkpoints | None
+    started: float = field(default_factory=time.monotonic)
     step: int = 0
     ended: bool = False
-    train_loss: np.ndarray = field(init=False)
-    eval_loss: np.ndarray = field(init=False)
+    diverged_at: int | None = None
+    waited: float = 0.0
+    curve: dict[str, np.ndarray] = field(init=False)
+    batches: Iterator[Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.train_loss = np.full(len(self.run.eta_T) + 1, np.nan)
-        self.eval_loss = np.full(len(self.run.eta_T) + 1, np.nan)
+        self.curve = {name: np.full(len(self.run.eta_T) + 1, np.nan) for name in (*_BEFORE, *_AFTER)}
 
-    def to_next_eval(self) -> int:
-        return next(s for s in self.run.eval_steps if s > self.step) - self.step
+    @property
+    def T(self) -> int:
+        return len(self.run.eta_T)
+
+    def start(self, program: Program, lane: int) -> bool:
+        """Is there a checkpoint to go on from? Then it is in the lane."""
+        restored = self.checkpoints.restore(program.lane_like(lane)) if self.checkpoints else None
+        if restored:
+            program.put_lane(lane, restored.state)
+            self.step = restored.step
+            for name, values in self.curve.items():
+                values[: len(restored.losses[name])] = restored.losses[name]
+            seconds, self.waited = restored.losses["seconds"]
+            self.started -= seconds
+        self.batches = self.run.batches(self.step)
+        return restored is not None
+
+    def save(self, program: Program, lane: int) -> None:
+        assert self.checkpoints is not None
+        known = {name: self.curve[name][: self.step + (name in _AFTER)] for name in self.curve}
+        seconds = np.array([time.monotonic() - self.started, self.waited])
+        self.checkpoints.save(self.step, program.lane(lane), known | {"seconds": seconds})
+
+    def to_next_pause(self, saving: Saving | None) -> int:
+        """Steps to the next evaluation, or the next save where there is one every so many steps."""
+        to_eval = next(s for s in self.run.eval_steps if s > self.step) - self.step
+        return min(to_eval, saving.steps - self.step % saving.steps) if saving and saving.steps else to_eval
 
 
 class _Block(NamedTuple):
-    """One dispatch that is still to be read: lane -> (run, first step, number of steps)."""
+    """One dispatch that is still to be read: lane -> (run, first step, number of steps); wishes: (save, stop)."""
 
     spans: dict[int, tuple[_Live, int, int]]
-    loss_RxK: jax.Array
+    metrics_RxK: StepMetrics
     evaluated: list[int]
-    eval_loss_R: jax.Array | None
+    evaluation_R: Evaluation | None
+    wishes: Any
 
 
 def train(
     program: Program,
     runs: Iterable[Run],
     on_block: Callable[[list[LaneStatus]], None] | None = None,
+    *,
     at_once: int | None = None,
+    saving: Saving | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
     """Train all runs, `at_once` at a time (as many as there are lanes if None); yields outcomes as they come.
 
     Runs start in the order given, each in the first lane that is free. What a run computes does not depend on the
-    lanes beside it. `on_block` is called with the busy lanes about every `BLOCK_SECONDS`.
+    lanes beside it, nor on whether it was stopped and went on. `on_block` is called with the busy lanes about every
+    `BLOCK_SECONDS`; `stop` is asked as often.
+
+    Raises:
+      Stopped: `stop` said so. With `saving`, all runs that have begun are on disk.
     """
     waiting = deque(runs)
     if waiting:
-        program.compile(waiting[0].batches[0])
+        program.compile(next(waiting[0].batches(0)))
     lanes: list[_Live | None] = [None] * program.lanes
     unread: deque[_Block] = deque()
     pace = _Pace(program.block)
+    saved_at = time.monotonic()
     while True:
-        _refill(program, lanes, waiting, at_once or program.lanes)
+        _refill(program, lanes, waiting, at_once or program.lanes, saving)
+        due: dict[int, _Live] = {}  # lane -> run to be saved now
         if any(lanes):
-            unread.append(_dispatch(program, lanes, pace.steps()))
+            wishes = [saving is not None and time.monotonic() - saved_at > saving.seconds, stop()]
+            unread.append(_dispatch(program, lanes, pace.steps(), saving, unread, wishes))
             for i, live in enumerate(lanes):
-                if live and live.step == len(live.run.eta_T):
+                if live and saving and saving.now(live.step, live.T):
+                    due[i] = live
+                if live and live.step == live.T:
                     lanes[i] = None  # all of it is dispatched; its numbers are on their way
-        while len(unread) > (BLOCKS_IN_FLIGHT if any(lanes) or waiting else 0):
+        outcomes: list[Outcome] = []
+        save = leave = False
+        in_flight = BLOCKS_IN_FLIGHT if (any(lanes) or waiting) and not due else 0
+        while len(unread) > (0 if save or leave else in_flight):
             block = unread.popleft()
-            yield from _read(block, lanes)
+            outcomes += _read(block, lanes)
             pace.read(max(n for _, _, n in block.spans.values()))
+            wished = np.asarray(block.wishes)
+            save, leave = save or bool(wished[0]), leave or bool(wished[1])
             if on_block:
-                spans = [s for s in block.spans.values() if not s[0].ended or s[1] + s[2] == len(s[0].run.eta_T)]
-                on_block([_status(live, first + n) for live, first, n in spans])
+                on_block(_statuses(block))
+        if saving:
+            if save or leave:
+                due |= {i: live for i, live in enumerate(lanes) if live}
+                saved_at = time.monotonic()
+            for i, live in due.items():
+                if live.diverged_at is None:
+                    live.save(program, i)
+            for live in due.values():
+                if live.checkpoints and (leave or live.ended):
+                    live.checkpoints.wait()
+        yield from outcomes
+        if leave:
+            raise Stopped
         if not (waiting or any(lanes)):
             return
 
 
-def _refill(program: Program, lanes: list[_Live | None], waiting: deque[Run], at_once: int) -> None:
-    seeds = {}
+def _refill(
+    program: Program, lanes: list[_Live | None], waiting: deque[Run], at_once: int, saving: Saving | None
+) -> None:
+    fresh: dict[int, Run] = {}
     for i in range(at_once):
         if lanes[i] is None and waiting:
             run = waiting.popleft()
-            lanes[i], seeds[i] = _Live(run, time.monotonic()), run.seed
-    if seeds:
-        program.fill(seeds)
+            lanes[i] = live = _Live(run, saving.open(run) if saving else None)
+            if not live.start(program, i):
+                fresh[i] = run
+    if fresh:
+        program.fill({i: run.seed for i, run in fresh.items()})
+    for i, run in fresh.items():
+        if run.initial:
+            program.put_weights(i, *run.initial())
 
 
-def _dispatch(program: Program, lanes: list[_Live | None], most: int) -> _Block:
-    """Send every device its next steps: none beyond the next evaluation of any of its lanes."""
+def _dispatch(
+    program: Program,
+    lanes: list[_Live | None],
+    most: int,
+    saving: Saving | None,
+    unread: deque[_Block],
+    wishes: list[bool],
+) -> _Block:
+    """Send every row of the mesh its next steps: none beyond the next evaluation or save of any of its lanes."""
     R, K = program.lanes, program.block
-    per_device = R // program.devices
-    steps_D = np.zeros(program.devices, int)
-    for d in range(program.devices):
-        busy = [live for live in lanes[d * per_device : (d + 1) * per_device] if live]
-        steps_D[d] = min([most, *(live.to_next_eval() for live in busy)]) if busy else 0
+    per_row = R // program.rows
+    steps = [0] * program.rows
+    for d in range(program.rows):
+        busy = [live for live in lanes[d * per_row : (d + 1) * per_row] if live]
+        steps[d] = min([most, *(live.to_next_pause(saving) for live in busy)]) if busy else 0
     eta_RxK = np.zeros((R, K))
-    batch_RxK: np.ndarray | None = None
+    batch_RxK: Any = None
     spans, evaluated = {}, []
+    began = time.monotonic()
     for i, live in enumerate(lanes):
         if live is None:
             continue
-        n, first = int(steps_D[i // per_device]), live.step
+        n, first = steps[i // per_row], live.step
         eta_RxK[i, :n] = live.run.eta_T[first : first + n]
         for k in range(n):
-            batch = live.run.batches[first + k]
+            batch = next(live.batches)
             if batch_RxK is None:
-                batch_RxK = np.zeros((R, K, *batch.shape), batch.dtype)
-            batch_RxK[i, k] = batch
+                batch_RxK = jax.tree.map(lambda x: np.zeros((R, K, *x.shape), x.dtype), batch)
+            for all_RxK, one in zip(jax.tree.leaves(batch_RxK), jax.tree.leaves(batch), strict=True):
+                all_RxK[i, k] = one
         spans[i] = (live, first, n)
         live.step = first + n
         if live.step in live.run.eval_steps:
             evaluated.append(i)
-    assert batch_RxK is not None  # a busy lane takes at least one step
-    loss_RxK = program.train(batch_RxK, eta_RxK, steps_D)
-    return _Block(spans, loss_RxK, evaluated, program.evaluate(evaluated) if evaluated else None)
+    # Were the devices done before the batches were there?
+    if not unread or unread[-1].metrics_RxK.loss.is_ready():  # pyrefly: ignore[missing-attribute]
+        for live, _, _ in spans.values():
+            live.waited += time.monotonic() - began
+    metrics_RxK = program.train(batch_RxK, eta_RxK, steps)
+    evaluation_R = program.evaluate(evaluated) if evaluated else None
+    return _Block(spans, metrics_RxK, evaluated, evaluation_R, program.agree(np.array(wishes)))
 
 
 def _read(block: _Block, lanes: list[_Live | None]) -> Iterator[Outcome]:
     """Wait for a block's numbers; end the runs that they end."""
-    loss_RxK = np.asarray(block.loss_RxK, np.float64)
-    eval_loss_R = None if block.eval_loss_R is None else np.asarray(block.eval_loss_R, np.float64)
+    before = dict(zip(_BEFORE, (_local(x) for x in block.metrics_RxK), strict=True))
+    after = dict(zip(_AFTER, (_local(x) for x in block.evaluation_R), strict=True)) if block.evaluation_R else {}
     for i, (live, first, n) in block.spans.items():
         if live.ended:
             continue  # it diverged in an earlier block
-        live.train_loss[first : first + n] = loss_RxK[i, :n]
-        broken = [first + int(k) for k in np.flatnonzero(~np.isfinite(loss_RxK[i, :n]))[:1]]
-        if i in block.evaluated and eval_loss_R is not None:
-            live.eval_loss[first + n] = eval_loss_R[i]
-            if not broken and not np.isfinite(eval_loss_R[i]):
+        for name, values_RxK in before.items():
+            live.curve[name][first : first + n] = values_RxK[i, :n]
+        broken = [first + int(k) for k in np.flatnonzero(~np.isfinite(before["train_loss"][i, :n]))[:1]]
+        if i in block.evaluated:
+            for name, values_R in after.items():
+                live.curve[name][first + n] = values_R[i]
+            if not broken and not np.isfinite(after["eval_loss"][i]):
                 broken = [first + n]
-        if broken or first + n == len(live.run.eta_T):
-            live.ended = True
+        if broken or first + n == live.T:
+            live.ended, live.diverged_at = True, broken[0] if broken else None
             if lanes[i] is live:
                 lanes[i] = None
-            yield _outcome(live, broken[0] if broken else None)
+            yield _outcome(live)
 
 
-def _outcome(live: _Live, diverged_at: int | None) -> Outcome:
-    rows = slice(0, diverged_at)  # None: all of them
-    curve = {
-        "step": np.arange(len(live.train_loss))[rows],
-        "eta": np.concatenate([[0.0], live.run.eta_T])[rows],
-        "train_loss": live.train_loss[rows],
-        "eval_loss": live.eval_loss[rows],
-    }
-    status = "done" if diverged_at is None else "diverged"
-    return Outcome(live.run, status, curve, diverged_at, time.monotonic() - live.started)
+def _outcome(live: _Live) -> Outcome:
+    rows = slice(0, live.diverged_at)  # None: all of them
+    steps = {"step": np.arange(live.T + 1), "eta": np.concatenate([[0.0], live.run.eta_T])}
+    curve = {name: values[rows] for name, values in (steps | live.curve).items()}
+    status = "done" if live.diverged_at is None else "diverged"
+    return Outcome(live.run, status, curve, live.diverged_at, time.monotonic() - live.started, live.waited)
 
 
-def _status(live: _Live, step: int) -> LaneStatus:
-    return LaneStatus(live.run, step, float(live.run.eta_T[step - 1]), float(live.train_loss[step - 1]))
+def _statuses(block: _Block) -> list[LaneStatus]:
+    """Of the block's lanes, without runs that had diverged before."""
+    statuses = []
+    for i, (live, first, n) in block.spans.items():
+        if live.ended and first + n < live.T:
+            continue
+        rows, step = slice(first, first + n), first + n
+        evaluation = Evaluation(*(live.curve[name][step] for name in _AFTER)) if i in block.evaluated else None
+        loss, grad_norm = (live.curve[name][rows] for name in _BEFORE)
+        statuses.append(
+            LaneStatus(live.run, first, step, live.run.eta_T[rows], loss, grad_norm, evaluation, live.waited)
+        )
+    return statuses
+
+
+def _local(x: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64)
 
 
 class _Pace:
-    """How many steps make a block of `BLOCK_SECONDS`, learned from the blocks read so far."""
+    """How many steps make a block of `BLOCK_SECONDS`, learned from the blocks read so far.
+
+    Processes that run one program together must not differ in it: there it is one step.
+    """
 
     def __init__(self, most: int):
-        self._most, self._steps = most, 1.0
+        self._most, self._steps = most if jax.process_count() == 1 else 1, 1.0
         self._last: float | None = None
 
     def steps(self) -> int:

@@ -53,21 +53,22 @@ def measure(config_path: str, seconds: float, busy: int, devices: int) -> dict[s
 
     jax.config.update("jax_num_cpu_devices", max(2, devices))
     from cdl import config as configs
-    from cdl.sweep.run import points_of, program_for
+    from cdl.sharding import make_mesh
+    from cdl.sweep.run import Layout, points_of, program_for
 
     config, _ = configs.load(config_path)
     (point,) = points_of(config, [{}])
     lanes = max(busy, devices)
-    program = program_for(point, lanes, jax.devices()[:devices])
+    mesh = make_mesh(dict(run=devices, data=1, fsdp=1, tensor=1), jax.devices())
+    program = program_for(point, Layout(mesh, lanes, busy))
     data, K = point.config.data, program.block
     batch_RxK = np.random.default_rng(0).integers(0, 256, (lanes, K, data.batch_size, data.seq_len + 1), np.uint8)
-    eta_RxK, steps_D = np.full((lanes, K), 0.01), np.full(devices, K)
-    steps_D[busy:] = 0
+    eta_RxK, steps = np.full((lanes, K), 0.01), [K if row < busy else 0 for row in range(devices)]
     program.fill(dict.fromkeys(range(lanes), 0))
-    jax.block_until_ready(program.train(batch_RxK, eta_RxK, steps_D))
+    jax.block_until_ready(program.train(batch_RxK, eta_RxK, steps))
     began, blocks = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        jax.block_until_ready(program.train(batch_RxK, eta_RxK, steps_D))
+        jax.block_until_ready(program.train(batch_RxK, eta_RxK, steps))
         blocks += 1
     elapsed = time.perf_counter() - began
     tokens = blocks * K * busy * data.batch_size * data.seq_len

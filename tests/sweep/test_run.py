@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 from ml_collections import ConfigDict
 
-from cdl.config import base, flatten
+from cdl.config import flatten, load
 from cdl.planning import plan
-from cdl.sweep.run import points_of
+from cdl.sweep.run import points_of, run_points
 from cdl.sweep.store import Store, sweep_table
 
 from ..conftest import TINY
 
-VOLATILE = ["seconds", "tokens_per_s", "finished"]
+VOLATILE = ["seconds", "seconds_waited", "tokens_per_s", "finished"]
 
 
 def sweep(out: Path, *arguments: str) -> list[str]:
@@ -64,7 +64,7 @@ def test_sigkill_at_several_moments_loses_and_changes_nothing(tiny_sweep: Path, 
 
 def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*sweep(tmp_path / "s"), "eval.tokens=100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*sweep(tmp_path / "s"), "eval.size=100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not Store(tmp_path / "s").ids():
         time.sleep(0.01)
@@ -73,12 +73,21 @@ def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
     assert process.returncode == 130
     last = said.strip().splitlines()[-1]
     assert last.startswith("cdl: interrupted; ")
-    assert last.endswith("of 8 runs are kept; the same command goes on from there")
+    assert last.endswith("of 8 runs are kept and those under way are saved; the same command goes on from there")
     assert "Traceback" not in said
 
 
-def test_every_config_field_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sections with a name go whole to functions that take no unknown argument; other fields are read one by one."""
+class Nobody:
+    """A listener that does nothing."""
+
+    def start(self, *_: Any) -> None: ...
+    def block(self, *_: Any) -> None: ...
+    def finished(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize("file", [TINY, TINY.replace("tiny", "tiny_images")])
+def test_every_config_field_is_read(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sections that go whole to functions that take no unknown argument are read so; other fields one by one."""
     read: set[tuple[frozenset[str], str]] = set()  # (names of the section, name)
     plain = ConfigDict.__getattr__
 
@@ -86,13 +95,17 @@ def test_every_config_field_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         read.add((frozenset(self.keys()), name))
         return plain(self, name)
 
+    config, _ = load(file)
     monkeypatch.setattr(ConfigDict, "__getattr__", recording)
-    points_of(base(), [{}])
+    points = points_of(config, [dict(T=4)])
+    store = Store(tmp_path / "s")
+    store.open_for(points)
+    run_points(points, store, [Nobody()])
     monkeypatch.undo()
-    config = base()
-    sections = [config, config.data, config.eval]
+    whole = ("model", "optimizer", "schedule", "compute", "mesh")
+    sections = [config, config.data, config.eval, config.checkpoint]
     expected = {(frozenset(s.keys()), name) for s in sections for name in s}
-    assert len(expected) == len(flatten(config)) - sum(len(config[k]) for k in ("model", "optimizer", "schedule")) + 5
+    assert len(expected) == len(flatten(config)) - sum(len(config[k]) for k in whole) + len(whole) + 3
     assert expected <= read
 
 

@@ -1,36 +1,44 @@
 """Lanes: equal to a plain optax loop, bit-equal to each other whatever runs beside them, refilled without compiling."""
 
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
-from cdl.data.text import batches, heldout_batches, read_corpus
+from cdl.config import section
+from cdl.data import build as data
 from cdl.models import build as models
 from cdl.models.gpt2 import arguments
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
+from cdl.sharding import make_mesh
 from cdl.train.loop import LaneStatus, Outcome, Run, train
 from cdl.train.step import Program
 
-SECTION = ConfigDict(dict(path="stdlib", batch_size=4, seq_len=16, heldout=0.05))
+DATA = data.build(section("data", "text", batch_size=4, seq_len=16))
 MODEL = models.build({"name": "gpt2"} | arguments("3k", context=16))
-CORPUS = read_corpus("stdlib", 0.05)
-HELDOUT = heldout_batches(CORPUS, SECTION, 256)
+HELDOUT = DATA.heldout(256)
 
 
 def run(T: int, peak: float, seed: int = 0, evaluations: int = 2) -> Run:
     steps = tuple(round(T * i / evaluations) for i in range(1, evaluations + 1))
-    return Run(f"{T}-{peak}-{seed}", seed, schedule("cosine", T, peak=peak), steps, batches(CORPUS, SECTION, seed))
+    return Run(f"{T}-{peak}-{seed}", seed, schedule("cosine", T, peak=peak), steps, partial(DATA.batches, seed))
 
 
 def program(optimizer: str = "muon_nsgd", lanes: int = 1, devices: int = 1, block: int = 8) -> Program:
     made = optimizers.build({"name": optimizer})
-    return Program(MODEL, made, HELDOUT, lanes=lanes, devices=jax.devices()[:devices], block=block)
+    mesh = make_mesh(dict(run=devices, data=1, fsdp=1, tensor=1), jax.devices())
+    return Program(MODEL, made, HELDOUT, lanes=lanes, mesh=mesh, block=block, prepare=DATA.prepare)
+
+
+def mean_loss(params: Any, batch: Any) -> jax.Array:
+    sums, _ = MODEL.loss(params, {}, DATA.prepare(batch))
+    return sums.loss / sums.count
 
 
 def outcomes(p: Program, runs: Sequence[Run]) -> dict[str, Outcome]:
@@ -51,16 +59,16 @@ def test_a_lane_equals_a_plain_optax_loop(optimizer: str) -> None:
     """The reference: optax with a schedule, a Python loop, no lanes, one update after the other."""
     r = run(25, 0.02, seed=3)
     tx = optimizers.OPTIMIZERS[optimizer](lambda count: jax.numpy.asarray(r.eta_T)[count])
-    params = MODEL.init(3)
+    params, _ = MODEL.init(3)
     state = tx.init(params)
-    step = jax.jit(jax.value_and_grad(MODEL.loss))
+    step = jax.jit(jax.value_and_grad(mean_loss))
     expected = []
-    for k in range(1, 26):
-        loss, grads = step(params, r.batches[k - 1])
+    for batch in itertools.islice(r.batches(0), 25):
+        loss, grads = step(params, batch)
         expected.append(float(loss))
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    final = np.mean([float(MODEL.loss(params, b)) for b in HELDOUT])
+    final = np.mean([float(mean_loss(params, b)) for b in HELDOUT])
     curve = outcomes(program(optimizer), [r])[r.id].curve
     np.testing.assert_allclose(curve["train_loss"][:-1], expected, rtol=2e-5)
     assert curve["eval_loss"][-1] == pytest.approx(final, rel=2e-5)
@@ -77,7 +85,7 @@ def test_curve_follows_the_step_convention() -> None:
     assert np.isfinite(curve["train_loss"][:20]).all()
     assert np.isnan(curve["train_loss"][20])
     assert p.state.step.tolist() == [20]  # T updates and no more
-    assert curve["train_loss"][0] == pytest.approx(float(MODEL.loss(MODEL.init(0), r.batches[0])), rel=1e-6)
+    assert curve["train_loss"][0] == pytest.approx(float(mean_loss(MODEL.init(0)[0], next(r.batches(0)))), rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +151,8 @@ def test_listener_sees_steps_rates_and_losses(two: Program) -> None:
         assert [s.step for s in statuses] == sorted({s.step for s in statuses})
         assert statuses[-1].step == len(r.eta_T)
         for s in statuses:
-            assert s.eta == r.eta_T[s.step - 1]
-            assert s.loss == done[r.id].curve["train_loss"][s.step - 1]
+            np.testing.assert_array_equal(s.eta, r.eta_T[s.first : s.step])
+            np.testing.assert_array_equal(s.loss, done[r.id].curve["train_loss"][s.first : s.step])
 
 
 def test_lanes_must_fill_the_devices() -> None:

@@ -1,0 +1,260 @@
+"""The verbs of the command line that train: `cdl train` and `cdl sweep`."""
+
+import argparse
+import functools
+import hashlib
+import math
+import os
+import platform
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from cdl import config as configs
+from cdl.cli_output import show_report
+from cdl.errors import Terminated, UserError
+from cdl.laws.horizon import NoLaw
+from cdl.metrics import Metrics, Profile, tensorboard_writers, wandb_writers
+from cdl.models import build as models
+from cdl.models.transformer import Compute
+from cdl.planning import CHECKS, plan
+from cdl.progress import TerminalProgress
+from cdl.report import write_report
+from cdl.sharding import make_mesh
+from cdl.sweep.grid import Point
+from cdl.sweep.run import layout, parts_of, points_of, run_points, shape_on, use_cpu_cores
+from cdl.sweep.store import Store
+from cdl.train.distributed import join_processes
+from cdl.train.flops import step_flops
+from cdl.train.loop import Stopped
+from cdl.train.memory import activation_bytes, step_bytes
+from cdl.train.step import state_bytes
+
+__all__ = ["sweep", "train"]
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """`cdl sweep`."""
+    _start_devices(arguments)
+    config, grid = configs.load(arguments.config)
+    if grid is None:
+        raise UserError(f"--config={arguments.config!r} has no sweep(); use cdl train, or add one as configs/demo.py")
+    if arguments.check and jax.process_count() > 1:
+        raise UserError("--check is for one process; train the predicted horizon with cdl train instead")
+    changes = configs.parse_assignments(arguments.changes)
+    for field in changes:
+        if any(field in c for c in grid):
+            raise UserError(f"{field} is an axis of the sweep; change sweep() in {arguments.config}, or use cdl train")
+    points = points_of(config, [changes | c for c in grid])
+    store = _train(arguments, Path(arguments.out), points, arguments.lanes)
+    if jax.process_index() > 0:
+        return
+    try:
+        made = plan(store.root)
+    except NoLaw as e:  # the runs are what was asked for; not every grid has a law in it
+        if arguments.check:
+            raise UserError(f"the runs are done, but there is nothing to check: {e}") from e
+        print(f"The runs are done, but there is no law to fit: {e}.\nResults: {store.root}")
+        return
+    if arguments.check:
+        like = min(points, key=lambda p: p.config.seed).config  # one setting, or there were no law
+        checks = points_of(like, [dict(eta_ref=made.eta_ref, T=made.T)])
+        _console().print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
+        _train(arguments, store.root / CHECKS, checks, None)
+    show_report(*write_report(store.root))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """`cdl train`."""
+    _start_devices(arguments)
+    config, _ = configs.load(arguments.config)
+    changes = configs.parse_assignments(arguments.changes)
+    if arguments.devices is not None and not arguments.dry_run:
+        raise UserError(f"--devices={arguments.devices} is for --dry-run; for a run set mesh.data, mesh.fsdp and so on")
+    if arguments.dry_run:
+        said = _dry_run(configs.change(config, changes), arguments.devices)
+        if jax.process_index() == 0:
+            print("\n".join(f"{name:<12}{text}" for name, text in said.items()))
+        return
+    points = points_of(config, [changes])
+    id = points[0].id
+    out = Path(arguments.out) if arguments.out else Path("runs") / f"train-{id}"
+    store = _train(arguments, out, points, 1, keep=True)
+    if jax.process_index() > 0:
+        return
+    row = store.table().set_index("id").loc[id]
+    if row.status == "done":
+        unit = "images" if points[0].config.data.name == "images" else "tokens"
+        right = f", accuracy {row.accuracy:.1%}" if unit == "images" else ""
+        print(
+            f"done: held-out loss {row.loss:.4f}{right}, training loss {row.train_loss:.4f}, "
+            f"{row[f'{unit}_per_s']:,.0f} {unit}/s"
+        )
+        if (weights := out / "checkpoints" / id).is_dir():  # not where a sweep had trained it
+            print(f"Weights: {weights}")
+    else:
+        print(f"diverged: the loss after {row.diverged_at:.0f} updates was not finite; try a smaller eta_ref")
+    print(f"Results: {out / id}")
+
+
+def _dry_run(c: ConfigDict, devices: int | None) -> dict[str, str]:
+    """What a run is and takes on so many devices (those here if None), name -> words. Reads no data, allocates nothing.
+
+    Raises:
+      UserError: whatever can be said of a bad config without its data.
+    """
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices={devices} must be at least 1")
+    model, optimizer = parts_of(c)
+    n = devices or jax.device_count()
+    sizes = shape_on(c, n)
+    lanes, sizes = sizes["run"], sizes | dict(run=1)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    parts = c.compute.microbatches
+    rows = c.data.batch_size // (sizes["data"] * sizes["fsdp"] * parts)
+    unit = f"x {c.data.seq_len} tokens" if c.data.name == "text" else "images"
+    gradients = state_bytes(model, optax.identity(), mesh)  # split as the parameters are
+    said = {
+        "parameters": f"{model.n_params:,}",
+        "updates": f"T={c.T:,}, {c.optimizer.name}, {c.schedule.name} from a peak rate of {c.eta_ref / c.T**0.5:.4g}",
+        "batch": f"{c.data.batch_size} {unit}, {parts} x {rows} on a device",
+        "mesh": " ".join(f"{axis}={size}" for axis, size in sizes.items())
+        + f", {math.prod(sizes.values())} of {n} devices; a sweep trains {lanes} side by side",
+        "memory": f"on a device {_bytes(state_bytes(model, optimizer, mesh))} of parameters and optimizer state, "
+        f"{_bytes(gradients)} of gradients",
+    }
+    if (batch := _batch(c, c.data.batch_size)) is None:
+        return said  # the size of images is up to the data
+    said["memory"] += f", at most {_bytes(activation_bytes(model, _batch(c, rows)))} of activations"
+    plain = models.build(c.model.to_dict(), Compute(attention="xla"))  # fused attention hides what it computes
+    said["FLOPs"] = f"{step_flops(plain, batch):.4g} an update"
+    here = jax.devices()
+    if devices is None and here[0].platform != "cpu":
+        xla = step_bytes(model, optimizer, batch, make_mesh(sizes, here), parts)
+        said["XLA"] = f"on a device {_bytes(xla.arguments)} of arguments and {_bytes(xla.temporaries)} besides"
+    return said
+
+
+def _batch(c: ConfigDict, rows: int) -> Any:
+    """The shapes of so many rows of a batch, as a model takes them; None where the size of images is up to the data."""
+    if c.data.name == "text":
+        return jax.ShapeDtypeStruct((rows, c.data.seq_len + 1), jnp.int32)
+    size = c.data.image_size or c.model.to_dict().get("image_size")
+    if not size:
+        return None
+    shapes = dict(image=((rows, size, size, 3), jnp.float32), label=((rows,), jnp.int32))
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
+
+
+def _start_devices(arguments: argparse.Namespace) -> None:
+    """Before JAX is first used: the devices of this process, and the other processes."""
+    use_cpu_cores()
+    explicit = (arguments.coordinator, arguments.processes, arguments.process)
+    if arguments.distributed and any(x is not None for x in explicit):
+        raise UserError("--distributed finds the other processes by itself; leave out --coordinator and the like")
+    if arguments.distributed or any(x is not None for x in explicit):
+        join_processes(*explicit)
+    _keep_programs()
+
+
+def _keep_programs() -> None:
+    """Compiled programs are kept in the user's cache folder, unless JAX was told where; where that fails, nowhere."""
+    if jax.config.jax_compilation_cache_dir is not None:  # pyrefly: ignore[missing-attribute]
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdl" / "xla"
+        if jax.default_backend() == "cpu":
+            cpu = _cpu()
+            # There XLA rejects what it wrote itself, and says so in pages on stderr (jax issue 38445).
+            if "GenuineIntel" in cpu:
+                return
+            # A program for a CPU holds its machine code, and homes are shared between machines; JAX does not look.
+            folder /= f"cpu-{hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none that can be written
+        return
+    if os.access(folder, os.W_OK):
+        warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _cpu() -> str:
+    """What kind of CPU this is, and what it can do."""
+    file = Path("/proc/cpuinfo")
+    if not file.is_file():
+        return f"{platform.machine()} {platform.processor()}"
+    told = ("vendor_id", "model name", "flags", "CPU implementer", "CPU part", "Features")
+    first = file.read_text().partition("\n\n")[0].splitlines()
+    return "\n".join(line for line in first if line.startswith(told))
+
+
+def _train(
+    arguments: argparse.Namespace, root: Path, points: Sequence[Point], lanes: int | None, keep: bool = False
+) -> Store:
+    """Train what the folder lacks of these points."""
+    for point in points:
+        layout(point.config, len(points), lanes)
+    store, console = Store(root), _console()
+    writers = [tensorboard_writers(root)] if arguments.tensorboard else []
+    writers += [wandb_writers(arguments.wandb, root)] if arguments.wandb else []
+    if jax.process_index() == 0:
+        store.open_for(points)
+    if {p.id for p in points} <= store.ids():
+        many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
+        console.print(f"{root}: {many} there already, nothing to train.", highlight=False, soft_wrap=True, markup=False)
+    caught: list[int] = []
+    try:
+        with _signals(console, caught), ExitStack() as stack:
+            listeners: list[Any] = [stack.enter_context(TerminalProgress(console))]
+            if jax.process_index() == 0:
+                say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+                listeners += [stack.enter_context(Metrics(writers, say))] if writers else []
+                if arguments.profile:
+                    steps = arguments.profile if arguments.profile > 0 else None
+                    listeners.append(stack.enter_context(Profile(root / "profile", steps, say)))
+            run_points(points, store, listeners, lanes, keep=keep, stop=lambda: bool(caught))
+    except (Stopped, KeyboardInterrupt) as e:
+        kept = len({p.id for p in points} & store.ids())
+        begun = " and those under way are saved" if isinstance(e, Stopped) else ""
+        error = Terminated if signal.SIGTERM in caught else KeyboardInterrupt
+        raise error(f"{kept} of {len(points)} runs are kept{begun}; the same command goes on from there") from None
+    return store
+
+
+@contextmanager
+def _signals(console: Console, caught: list[int]) -> Iterator[None]:
+    """SIGINT and SIGTERM are put into a list; the second of them interrupts at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> Any:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+        console.print("Saving what is under way; once more to leave without.", highlight=False)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _console() -> Console:
+    """On stderr; with several processes the first one speaks."""
+    return Console(stderr=True, quiet=jax.process_index() > 0, file=sys.stderr)

@@ -1,0 +1,154 @@
+"""From the `data` section of a config to batches as functions of (seed, step), whatever they are batches of."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from cdl.data import images, text
+from cdl.errors import UserError, unknown
+
+__all__ = ["DATA", "Dataset", "build", "data_arguments", "fingerprint"]
+
+# name: the defaults of a `data` section with this name.
+DATA: dict[str, Callable[[], dict[str, Any]]] = {"text": text.data_arguments, "images": images.data_arguments}
+
+
+class _Batches(Protocol):
+    def __call__(self, seed: int, first: int, part: tuple[int, int] = (0, 1), workers: int = 0) -> Iterator[Any]: ...
+
+
+class Dataset(NamedTuple):
+    """Data of one section.
+
+    unit: what is predicted, "tokens" or "images". per_batch: how many of these in a batch.
+    batches: (seed, first, part, workers) -> the batches of updates first + 1, first + 2, ... without end; part (p, P)
+      is of P equal parts of the rows of each, workers as in `cdl.data.images.iterate`.
+    heldout: number of tokens or images -> a fixed sample of about so many, as batches with a leading axis E.
+    prepare: batch as read -> batch as a model takes it, on the device.
+    check: raises UserError where they do not suffice for a batch, or a model of this config section cannot take them.
+    """
+
+    unit: str
+    per_batch: int
+    batches: _Batches
+    heldout: Callable[[int], Any]
+    prepare: Callable[[Any], Any]
+    check: Callable[[Mapping[str, Any]], None]
+
+
+def data_arguments(name: str) -> dict[str, Any]:
+    """The arguments of one kind of data and their defaults."""
+    if name not in DATA:
+        raise unknown("kind of data", name, DATA)
+    return DATA[name]()
+
+
+def fingerprint(section: ConfigDict) -> str:
+    """A hash of the data behind a section, whatever their path.
+
+    Raises:
+      UserError: nothing there that can be read.
+    """
+    return _read(section.name, section.path, section.heldout).fingerprint
+
+
+def build(section: ConfigDict) -> Dataset:
+    """The data of a config section ``{name, **arguments}``.
+
+    Raises:
+      UserError: nothing there that can be read, or not enough for a batch.
+    """
+    return _text(section) if section.name == "text" else _images(section)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(name: str, path: str, heldout: float) -> text.Corpus | images.Images:
+    if name not in DATA:
+        raise unknown("kind of data", name, DATA)
+    return text.read_corpus(path, heldout) if name == "text" else images.read_images(path, heldout)
+
+
+@functools.lru_cache(maxsize=4)
+def _largest_token(path: str, heldout: float) -> int:
+    corpus = _read("text", path, heldout)
+    assert isinstance(corpus, text.Corpus)
+    return text.largest_token(corpus)
+
+
+def _text(section: ConfigDict) -> Dataset:
+    corpus = _read("text", section.path, section.heldout)
+    assert isinstance(corpus, text.Corpus)
+
+    def batches(seed: int, first: int, part: tuple[int, int] = (0, 1), workers: int = 0) -> Iterator[Any]:
+        del workers  # reading a map of the file costs less than asking another process for it
+        dataset: grain.MapDataset = text.batches(corpus, section, seed, part)
+        return (dataset[k] for k in itertools.count(first))
+
+    def check(model: Mapping[str, Any]) -> None:
+        text.batches(corpus, section, 0)
+        text.heldout_batches(corpus, section, 1)
+        if section.seq_len > model["context"]:
+            raise UserError(
+                f"data.seq_len={section.seq_len} exceeds model.context={model['context']}; raise the latter"
+            )
+        most = _largest_token(section.path, section.heldout)  # one beyond the vocabulary would read as NaN
+        if most >= model["vocab_size"]:
+            raise UserError(
+                f"model.vocab_size={model['vocab_size']} is too small for data.path={section.path!r}, which has token "
+                f"{most}; use at least {most + 1}"
+            )
+
+    return Dataset(
+        unit="tokens",
+        per_batch=section.batch_size * section.seq_len,
+        batches=batches,
+        heldout=functools.partial(text.heldout_batches, corpus, section),
+        prepare=lambda tokens_BxS1: tokens_BxS1.astype(jnp.int32),
+        check=check,
+    )
+
+
+def _images(section: ConfigDict) -> Dataset:
+    source = _read("images", section.path, section.heldout)
+    assert isinstance(source, images.Images)
+
+    def batches(seed: int, first: int, part: tuple[int, int] = (0, 1), workers: int = 0) -> Iterator[Any]:
+        dataset = images.batches(source, section, seed, part)
+        replaced = seen = 0
+        for batch in images.iterate(dataset, first, workers):
+            replaced, seen = replaced + int(batch["replaced"].sum()), seen + len(batch["label"])
+            images.check_undecodable(section.path, replaced, seen)
+            yield dict(image=batch["image"], label=batch["label"])
+
+    def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return batch | dict(image=images.standardise(batch["image"], section.mean, section.std))
+
+    def check(model: Mapping[str, Any]) -> None:
+        images.batches(source, section, 0)
+        images.heldout_batches(source, section, 1)
+        size = images.image_size(source, section)
+        if "image_size" in model and model["image_size"] != size:
+            raise UserError(
+                f"data.path={section.path!r} gives images of {size} x {size} and model.image_size is "
+                f"{model['image_size']}; set data.image_size or model.image_size"
+            )
+        if source.classes > model["classes"]:
+            raise UserError(
+                f"model.classes={model['classes']} is too small for data.path={section.path!r}, which has "
+                f"{source.classes} classes; use at least {source.classes}"
+            )
+
+    return Dataset(
+        unit="images",
+        per_batch=section.batch_size,
+        batches=batches,
+        heldout=functools.partial(images.heldout_batches, source, section),
+        prepare=prepare,
+        check=check,
+    )

@@ -1,0 +1,105 @@
+"""Two real processes with four devices each, as two hosts would be: the losses of one process with eight."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cdl.errors import UserError
+from cdl.sweep.store import Store, sweep_table
+from cdl.train.distributed import join_processes
+
+from ..conftest import TINY
+
+# `cdl train` that writes down the shape of the first batch that it reads.
+COMMAND = """
+import sys
+from cdl.data import text
+plain, note = text.batches, open(sys.argv.pop(), "w")
+def noting(*arguments):
+    dataset = plain(*arguments)
+    print(dataset[0].shape, file=note, flush=True)
+    return dataset
+text.batches = noting
+from cdl.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def start(out: Path, devices: int, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", COMMAND, f"--config={TINY}", f"--out={out}", "data.batch_size=16", *arguments]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def start_two(out: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [
+        start(
+            out,
+            4,
+            *arguments,
+            f"--coordinator=127.0.0.1:{port}",
+            "--processes=2",
+            f"--process={i}",
+            str(out.with_name(f"{out.name}-{i}.txt")),
+        )
+        for i in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [("mesh.data=2", "mesh.fsdp=-1"), ("mesh.data=4", "mesh.tensor=2")])
+def test_two_processes_give_the_losses_of_one(mesh: tuple[str, str], tmp_path: Path) -> None:
+    arguments = ("T=60", *mesh, "model.n_head=2", "model.d_model=16")
+    alone = start(tmp_path / "one", 8, *arguments, str(tmp_path / "one.txt"))
+    _, said = alone.communicate(timeout=300)
+    assert alone.returncode == 0, said
+    for process in start_two(tmp_path / "two", *arguments):
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    one, two = (sweep_table(tmp_path / name) for name in ("one", "two"))
+    assert one["id"].tolist() == two["id"].tolist()
+    assert (one["processes"].tolist(), two["processes"].tolist()) == ([1], [2])
+    a, b = (Store(tmp_path / name).curve(one["id"][0]) for name in ("one", "two"))
+    for column in ("train_loss", "eval_loss", "grad_norm"):
+        np.testing.assert_allclose(a[column], b[column], rtol=1e-5, err_msg=column)
+    shapes = [(tmp_path / f"{name}.txt").read_text().splitlines()[-1] for name in ("one", "two-0", "two-1")]
+    assert shapes == ["(16, 17)", "(8, 17)", "(8, 17)"]  # each reads its own half
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_and_saves_both(tmp_path: Path) -> None:
+    arguments = ("T=100000", "eval.times=1", "mesh.fsdp=-1", "checkpoint.steps=20")
+    processes = start_two(tmp_path / "s", *arguments)
+    began = time.monotonic()
+    while time.monotonic() - began < 200 and not list((tmp_path / "s").glob("checkpoints/*/step_*")):
+        assert all(p.poll() is None for p in processes)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [p.communicate(timeout=100)[1] for p in processes]
+    assert processes[1].returncode == 143, said[1]
+    assert processes[0].returncode == 130, said[0]  # stopped, though not by a signal of its own
+    assert "those under way are saved" in said[0].splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("10.0.0.1:1234", 2, None), "--coordinator, --processes and --process belong together"),
+        (("10.0.0.1", 2, 0), "--coordinator='10.0.0.1' must be host:port"),
+        (("10.0.0.1:1234", 2, 2), "--process=2 must be one of 0 to 1"),
+    ],
+)
+def test_bad_addresses_are_named(arguments: tuple[str, int, int | None], said: str) -> None:
+    with pytest.raises(UserError) as e:
+        join_processes(*arguments)
+    assert said in str(e.value)
