@@ -4,7 +4,6 @@ With several processes (`jax.distributed`) all of them run every point together,
 """
 
 import functools
-import hashlib
 import math
 import os
 import platform
@@ -24,11 +23,11 @@ from ml_collections import ConfigDict
 from cdl.data import build as data
 from cdl.errors import UserError
 from cdl.models import build as models
-from cdl.models import pretrained
 from cdl.models.transformer import Compute
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
 from cdl.sharding import make_mesh, mesh_shape
+from cdl.sweep import initial
 from cdl.sweep.grid import Point, expand
 from cdl.sweep.store import Store
 from cdl.train.checkpoint import Checkpoints
@@ -83,7 +82,7 @@ def points_of(config: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[
     Raises:
       UserError: see `expand`, and bad values anywhere in a point's config.
     """
-    points = expand(config, changes, lambda c: data.fingerprint(c.data), _init_fingerprint)
+    points = expand(config, changes, lambda c: data.fingerprint(c.data), initial.fingerprint)
     if not points:
         raise UserError("the grid has no points; let sweep() return at least one")
     checked: set[str] = set()
@@ -328,37 +327,6 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
     return model, optimizers.build(c.optimizer.to_dict(), model.rules)
 
 
-def _init_fingerprint(c: ConfigDict) -> str:
-    """A hash of the weights that a run starts from, whatever file has them; "" where they are drawn.
-
-    Raises:
-      UserError: nothing there that can be read, or the weights of another model.
-    """
-    return _fingerprint(c.init, _hashable(c.model)) if c.init else ""
-
-
-def _weights(c: ConfigDict) -> tuple[Any, Any]:
-    return _load(c.init, _hashable(c.model), c.seed)
-
-
-@functools.lru_cache(maxsize=4)
-def _fingerprint(path: str, model: tuple[tuple[str, Any], ...]) -> str:
-    h = hashlib.sha256()
-    for place, leaf in jax.tree.leaves_with_path(_load(path, model, 0)):
-        h.update(f"{jax.tree_util.keystr(place)}{leaf.shape};".encode())
-        h.update(np.ascontiguousarray(leaf, "<f4").data)
-    return h.hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=1)  # all runs of a sweep share it
-def _load(path: str, model: tuple[tuple[str, Any], ...], seed: int) -> tuple[Any, Any]:
-    return pretrained.load(dict(model), Path(path).expanduser(), seed)
-
-
-def _hashable(section: ConfigDict) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(section.to_dict().items()))
-
-
 def _eta_T(c: ConfigDict) -> np.ndarray:
     if not 0 <= c.seed < 2**32:
         raise UserError(f"seed={c.seed} must be in [0, 2^32)")
@@ -382,8 +350,8 @@ def _run_of(point: Point, program: Program) -> Run:
     c = point.config
     dataset = data.build(c.data)
     batches = functools.partial(dataset.batches, c.seed, part=program.part, workers=c.compute.workers)
-    initial = functools.partial(_weights, c) if c.init else None
-    return Run(point.id, c.seed, _eta_T(c), _eval_steps(c), batches, initial)
+    weights = functools.partial(initial.load, c) if c.init else None
+    return Run(point.id, c.seed, _eta_T(c), _eval_steps(c), batches, weights)
 
 
 def _result(point: Point, outcome: Outcome, program: Program, cost: StepCost) -> dict[str, Any]:

@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cdl.config import section
+from cdl.config import load, section
 from cdl.data import build as data
 from cdl.models import build as models
 from cdl.models.gpt2 import arguments
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
 from cdl.sharding import AXES, make_mesh
-from cdl.sweep.store import Store, sweep_table
+from cdl.sweep.run import layout, points_of, program_for
+from cdl.sweep.store import Store
 from cdl.train.checkpoint import Checkpoints
 from cdl.train.loop import Outcome, Run, Saving, Stopped, train
 from cdl.train.step import Program
@@ -134,23 +135,19 @@ def train_command(out: Path, *changes: str) -> list[str]:
     return [sys.executable, "-m", "cdl.cli", "train", f"--config={TINY}", f"--out={out}", *changes]
 
 
-def same_results(a: Path, b: Path) -> None:
-    """Two folders of `cdl train` hold the same curve and the same weights, bit for bit."""
-    (id,) = sweep_table(a)["id"]
-    pd.testing.assert_frame_equal(Store(a).curve(id), Store(b).curve(id), check_exact=True)
-    states = [weights(root, id) for root in (a, b)]
-    assert states[0].keys() == states[1].keys()
-    for name, values in states[0].items():
-        np.testing.assert_array_equal(values, states[1][name], err_msg=name)
-
-
-def weights(root: Path, id: str) -> dict[str, np.ndarray]:
-    """The arrays of the last checkpoint, read by Orbax alone."""
-    import orbax.checkpoint as ocp
-
-    folder = max((root / "checkpoints" / id).glob("step_*"), key=lambda f: int(f.name[5:]))
-    tree = ocp.PyTreeCheckpointHandler().restore(folder.absolute())
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree["state"])}
+def same_results(a: Path, b: Path, changes: dict[str, Any]) -> None:
+    """Two folders of `cdl train` hold the same curve, the same weights and the same optimizer state, bit for bit."""
+    config, _ = load(TINY)
+    (point,) = points_of(config, [changes])
+    like = program_for(point, layout(point.config, 1)).lane_like(0)
+    pd.testing.assert_frame_equal(Store(a).curve(point.id), Store(b).curve(point.id), check_exact=True)
+    states = []
+    for root in (a, b):
+        restored = Checkpoints(root / "checkpoints" / point.id, point.identity).restore(like)
+        assert restored is not None
+        assert restored.step == point.config.T
+        states.append(restored.state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -193,14 +190,14 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_twenty_sigkills_change_no_bit(tmp_path: Path) -> None:
     """Parameters, optimizer state, curve and the tokens of every step are those of a run that was left alone."""
-    changes = ("T=12000", "eval.times=4", "checkpoint.steps=200")
+    changes = {"T": 12000, "eval.times": 4, "checkpoint.steps": 200}
 
     def command(name: str) -> list[str]:
         return [
             sys.executable,
             "-c",
             LOGGED,
-            *train_command(tmp_path / name, *changes)[3:],
+            *train_command(tmp_path / name, *(f"{k}={v}" for k, v in changes.items()))[3:],
             str(tmp_path / f"{name}.log"),
         ]
 
@@ -219,7 +216,7 @@ def test_twenty_sigkills_change_no_bit(tmp_path: Path) -> None:
         process.wait()
     ended = subprocess.run(command("killed"), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    same_results(tmp_path / "alone", tmp_path / "killed")
+    same_results(tmp_path / "alone", tmp_path / "killed", changes)
     tokens = [dict(line.split() for line in f.read_text().splitlines()) for f in (tmp_path / "alone.log", log)]
     assert len(tokens[0]) == 12000
     assert tokens[0] == tokens[1]

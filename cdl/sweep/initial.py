@@ -1,0 +1,48 @@
+"""The weights that a run starts from where its config names a file (`init`), and a hash of them for its id."""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cdl.models import pretrained
+
+__all__ = ["fingerprint", "load"]
+
+Section = tuple[tuple[str, Any], ...]
+
+
+def load(c: ConfigDict) -> tuple[Any, Any]:
+    """Parameters and statistics of a config with `init`, NumPy arrays that all runs of one model and seed share.
+
+    Raises:
+      UserError: nothing there that can be read, or the weights of another model.
+    """
+    return _load(c.init, _hashable(c.model), c.seed)
+
+
+def fingerprint(c: ConfigDict) -> str:
+    """A hash of the weights, whatever file has them; "" where they are drawn. Raises as `load` does."""
+    return _fingerprint(c.init, _hashable(c.model)) if c.init else ""
+
+
+@functools.lru_cache(maxsize=4)
+def _fingerprint(path: str, model: Section) -> str:
+    h = hashlib.sha256()
+    for place, leaf in jax.tree.leaves_with_path(_load(path, model, 0)):
+        h.update(f"{jax.tree_util.keystr(place)}{leaf.shape};".encode())
+        h.update(np.ascontiguousarray(leaf, "<f4").data)
+    return h.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: str, model: Section, seed: int) -> tuple[Any, Any]:
+    return pretrained.load(dict(model), Path(path).expanduser(), seed)
+
+
+def _hashable(section: ConfigDict) -> Section:
+    return tuple(sorted(section.to_dict().items()))
