@@ -91,12 +91,36 @@ class GPT2(nnx.Module):
     def __call__(self, tokens_BxS: jax.Array, train: bool = False) -> jax.Array:
         del train  # nothing differs
         B, S = tokens_BxS.shape
-        # Tables are put together along D first: rows of a batch then find theirs without communication of rows.
-        token_VxD = constrain(self.token.embedding[...].astype(self.dtype), "tensor", None)
-        position_SxD = constrain(self.position.embedding[:S].astype(self.dtype), None, None)
-        x_BxSxD = constrain(take_rows(token_VxD, tokens_BxS), BATCH) + position_SxD
+        # Tables are put together along D first: rows of a batch then find theirs without communication of rows. They
+        # are float32, as are the sums over many tokens that their gradients consist of.
+        token_VxD = constrain(self.token.embedding[...], "tensor", None)
+        position_SxD = constrain(self.position.embedding[:S], None, None)
+        x_BxSxD = (constrain(take_rows(token_VxD, tokens_BxS), BATCH) + position_SxD).astype(self.dtype)
         x_BSxD = self.blocks(constrain(x_BxSxD.reshape(B * S, -1), BATCH), B)
-        x_BSxD = self.norm(x_BSxD).astype(self.dtype)
-        # Products in `dtype`, sums and what follows in float32.
-        logits_BSxV = jnp.einsum("nd,vd->nv", x_BSxD, token_VxD, preferred_element_type=jnp.float32)
+        logits_BSxV = _scores(self.norm(x_BSxD).astype(self.dtype), token_VxD)
         return constrain(logits_BSxV, BATCH, "tensor").reshape(B, S, -1)
+
+
+@jax.custom_vjp
+def _scores(x_NxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """x table^T: products in the dtype of x, sums and result in float32; backwards too, which JAX would do in float32
+    altogether, several times as slow."""
+    return _product("nd,vd->nv", x_NxD, table_VxD.astype(x_NxD.dtype))
+
+
+def _scores_forward(x_NxD: jax.Array, table_VxD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _scores(x_NxD, table_VxD), (x_NxD, table_VxD)
+
+
+def _scores_backward(kept: tuple[jax.Array, jax.Array], ct_NxV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_NxD, table_VxD = kept
+    ct_NxV = ct_NxV.astype(x_NxD.dtype)
+    x_ct_NxD = _product("nv,vd->nd", ct_NxV, table_VxD.astype(x_NxD.dtype)).astype(x_NxD.dtype)
+    return x_ct_NxD, _product("nv,nd->vd", ct_NxV, x_NxD)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)

@@ -81,3 +81,15 @@ def test_bad_sections_are_named(change: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as e:
         build.build({"name": "gpt2"} | SMALL | change)
     assert said in str(e.value)
+
+
+def test_the_gradient_of_tokens_in_bfloat16_is_summed_in_float32() -> None:
+    """Each of few tokens occurs some thousand times: summed in bfloat16, most of that would be rounded away."""
+    tokens = jax.random.randint(jax.random.key(0), (512, 25), 0, 3)
+    grads = {}
+    for dtype in ("float32", "bfloat16"):
+        model = build.build({"name": "gpt2", **SMALL, "dtype": dtype})
+        params, stats = model.init(0)
+        grads[dtype] = jax.grad(lambda p, m=model, s=stats: m.loss(p, s, tokens)[0].loss)(params)
+    exact, rounded = (np.asarray(g["token"]["embedding"]) for g in grads.values())
+    assert np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
