@@ -75,7 +75,7 @@ def write_token_files(
       tokenizer: see `cdl.data.vocabulary`.
       field: of JSON lines and Parquet, the one with the text.
       val: share of the documents that is held out.
-      workers: processes beside this one; by default one for each core, and with 1 none but this.
+      workers: processes beside this one, four a core at most; by default one for each, and with 1 none but this.
       watch: told of progress, a few times a second at most.
 
     Returns:
@@ -89,9 +89,11 @@ def write_token_files(
         raise UserError(f"--out={out} exists already; choose a new folder")
     if not 0 < val < 1:
         raise UserError(f"--val={val} must be a share in (0, 1)")
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores if workers is None else workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
+    workers = min(workers, 4 * cores)  # more would only take memory: hundreds of megabytes each
     vocabulary = read_vocabulary(tokenizer)
     documents = Documents(sources, field)
     dtype = "uint16" if vocabulary.size <= 1 << 16 else "uint32"
