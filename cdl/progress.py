@@ -78,7 +78,7 @@ class TerminalProgress:
             if lane.evaluation is not None:
                 self._evaluations[lane.run.id] = lane.evaluation
         # All lanes wait together, for one batch after the other.
-        waits = [lane.waited - self._waited[lane.run.id] for lane in lanes]
+        waits = [lane.waited - self._waited.get(lane.run.id, 0.0) for lane in lanes]
         self._waited |= {lane.run.id: lane.waited for lane in lanes}
         if lanes:
             self._speed.add(0, self._costs[lanes[0].run.id], max(0.0, *waits))

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,8 @@ from ml_collections import ConfigDict
 
 from cdl.data import images, text
 from cdl.errors import UserError, unknown
+
+_POSITIVE = {"mean": "", "std": ", above 0"}
 
 __all__ = ["DATA", "Dataset", "build", "data_arguments", "fingerprint"]
 
@@ -130,6 +133,10 @@ def _images(section: ConfigDict) -> Dataset:
         return batch | dict(image=images.standardise(batch["image"], section.mean, section.std))
 
     def check(model: Mapping[str, Any]) -> None:
+        for name, values in (("mean", section.mean), ("std", section.std)):
+            numbers = [isinstance(x, int | float) and math.isfinite(x) and (x > 0 or name == "mean") for x in values]
+            if numbers != [True] * 3:
+                raise UserError(f"data.{name}={tuple(values)} must be three numbers, one a channel{_POSITIVE[name]}")
         images.batches(source, section, 0)
         images.heldout_batches(source, section, 1)
         size = images.image_size(source, section)

@@ -155,12 +155,14 @@ def standardise(image_BxHxWxC: jax.Array, mean: Sequence[float], std: Sequence[f
 
 
 def check_undecodable(path: str, replaced: int, seen: int) -> None:
-    """Nothing as long as at most 1% of `seen` images were replaced, or fewer than 500 were seen.
+    """Nothing as long as at most 1% of `seen` images were replaced, with a margin of three standard errors for chance,
+    or fewer than 500 were seen.
 
     Raises:
       UserError: more than that, of the images behind data.path.
     """
-    if seen >= _SEEN and replaced > _MOST_UNDECODABLE * seen:
+    allowed = _MOST_UNDECODABLE * seen
+    if seen >= _SEEN and replaced > allowed + 3 * allowed**0.5:
         raise UserError(
             f"data.path={path!r}: {replaced} of {seen} images could not be decoded, more than "
             f"{_MOST_UNDECODABLE:.0%}; remove or mend the broken files"

@@ -191,6 +191,8 @@ def _implementation(wanted: str, dtype: Any, length: int, head: int, causal: boo
     """What `jax.nn.dot_product_attention` is to use. "auto" asks the device, once: what cuDNN takes differs."""
     if wanted not in ATTENTION:
         raise unknown("compute.attention", wanted, ATTENTION)
+    if wanted == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f"compute.attention='cudnn' needs an NVIDIA GPU, and here is {jax.default_backend()}; use auto")
     if wanted != "auto" or jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
         return "xla" if wanted == "auto" else wanted
     x = jax.ShapeDtypeStruct((1, length, 1, head), dtype)

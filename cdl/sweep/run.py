@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -50,6 +49,7 @@ __all__ = [
 
 _BLOCK_BYTES = 4 << 20  # of batches in one dispatch and lane
 _MOST_BLOCK = 64
+_MOST_WORKERS = 256
 
 
 class Listener(Protocol):
@@ -127,7 +127,8 @@ def layout(config: ConfigDict, runs: int, lanes: int | None = None) -> Layout:
         CPU devices, where lanes that share one would only change last bits; on other devices, more than there are and
         no multiple of them; several processes and more than one lane.
     """
-    devices = jax.devices()
+    # In this order the rows of a process lie together; on TPU slices ids alone run across hosts.
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     shape = shape_on(config, len(devices))
     rows, spread = shape["run"], math.prod(shape.values()) // shape["run"]
     if lanes is not None and lanes < 1:
@@ -177,9 +178,6 @@ def run_points(
         lacks = multihost_utils.broadcast_one_to_all(lacks)  # the first one's word: the others' files may lag behind
     todo = [p for p, lacking in zip(points, lacks, strict=True) if lacking]
     first = jax.process_index() == 0
-    for p in points:
-        if first and p not in todo and _last_step(_checkpoints(store, p)) != p.config.T:  # else they were kept
-            shutil.rmtree(_checkpoints(store, p), ignore_errors=True)
     if not todo:
         return
     todo.sort(key=lambda p: -p.config.T)
@@ -203,13 +201,22 @@ def run_points(
         opened: dict[str, Checkpoints] = {}
         saving = _saving(store, by_id, opened, keep)
         runs = (_run_of(p, program) for p in group)
+        c = group[0].config
+        program.compile(next(data.build(c.data).batches(c.seed, 0, part=program.part)))
         for outcome in train(program, runs, on_block, at_once=where.at_once, saving=saving, stop=stop):
             point = by_id[outcome.run.id]
             result = _result(point, outcome, program, by_point[point.id])
+            checkpoints = opened.pop(point.id)
+            kept = keep and outcome.status == "done"
+            if kept and checkpoints.latest != point.config.T:  # said already; what is not kept is not done
+                there = f"those of step {checkpoints.latest} are" if checkpoints.latest else "none are"
+                raise UserError(
+                    f"the weights after T={point.config.T} could not be written to {_checkpoints(store, point)}, where "
+                    f"{there}; mend that and run the same command again, which goes on from there"
+                )
             if first:
                 store.write(point, outcome.curve, result)
-            checkpoints = opened.pop(point.id)
-            if keep and outcome.status == "done":
+            if kept:
                 checkpoints.close()
             else:
                 checkpoints.remove()
@@ -229,7 +236,8 @@ def program_for(point: Point, where: Layout) -> Program:
         heldout,
         lanes=where.lanes,
         mesh=where.mesh,
-        block=min(_MOST_BLOCK, max(1, _BLOCK_BYTES // bytes_of_batch)),
+        # Processes that run one program together must not differ in how many steps they send: one at a time.
+        block=min(_MOST_BLOCK, max(1, _BLOCK_BYTES // bytes_of_batch)) if jax.process_count() == 1 else 1,
         prepare=dataset.prepare,
         microbatches=c.compute.microbatches,
     )
@@ -278,11 +286,6 @@ def _checkpoints(store: Store, point: Point) -> Path:
     return store.root / "checkpoints" / point.id
 
 
-def _last_step(checkpoints: Path) -> int:
-    """Of the newest checkpoint in a folder, 0 if there is none."""
-    return max((int(f.name.removeprefix("step_")) for f in checkpoints.glob("step_[0-9]*[0-9]")), default=0)
-
-
 def _saving(store: Store, points: Mapping[str, Point], opened: dict[str, Checkpoints], keep: bool) -> Saving:
     how = next(iter(points.values())).config.checkpoint
 
@@ -310,6 +313,8 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
     """
     _eta_T(c)
     _eval_steps(c)
+    if not 0 <= c.compute.workers <= _MOST_WORKERS:
+        raise UserError(f"compute.workers={c.compute.workers} must be from 0 to {_MOST_WORKERS}; one a core is plenty")
     how = c.checkpoint
     if how.seconds <= 0 or how.steps < 0 or how.keep < 1:
         raise UserError(

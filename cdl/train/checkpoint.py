@@ -166,6 +166,11 @@ class Checkpoints:
         self._latest = restored.step if restored else None
         return restored
 
+    @property
+    def latest(self) -> int | None:
+        """The step last saved or restored here and known to be on disk; None if there is none."""
+        return self._latest
+
     def wait(self) -> None:
         """Until what was saved is on disk, or has failed and was said; then old checkpoints are removed."""
         if self._pending is None:

@@ -134,8 +134,10 @@ class _Live:
             for name, values in self.curve.items():
                 values[: len(restored.losses[name])] = restored.losses[name]
             seconds, self.waited = restored.losses["seconds"]
-            self.started -= seconds
-        self.batches = self.run.batches(self.step)
+            self.started = time.monotonic() - seconds
+        self.ended = self.step == self.T  # stopped after its last save and before its result was published
+        if not self.ended:
+            self.batches = self.run.batches(self.step)
         return restored is not None
 
     def save(self, program: Program, lane: int) -> None:
@@ -179,14 +181,12 @@ def train(
       Stopped: `stop` said so. With `saving`, all runs that have begun are on disk.
     """
     waiting = deque(runs)
-    if waiting:
-        program.compile(next(waiting[0].batches(0)))
     lanes: list[_Live | None] = [None] * program.lanes
     unread: deque[_Block] = deque()
     pace = _Pace(program.block)
     saved_at = time.monotonic()
     while True:
-        _refill(program, lanes, waiting, at_once or program.lanes, saving)
+        outcomes = _refill(program, lanes, waiting, at_once or program.lanes, saving)
         due: dict[int, _Live] = {}  # lane -> run to be saved now
         if any(lanes):
             wishes = [saving is not None and time.monotonic() - saved_at > saving.seconds, stop()]
@@ -196,7 +196,6 @@ def train(
                     due[i] = live
                 if live and live.step == live.T:
                     lanes[i] = None  # all of it is dispatched; its numbers are on their way
-        outcomes: list[Outcome] = []
         save = leave = False
         in_flight = BLOCKS_IN_FLIGHT if (any(lanes) or waiting) and not due else 0
         while len(unread) > (0 if save or leave else in_flight):
@@ -218,27 +217,34 @@ def train(
                 if live.checkpoints and (leave or live.ended):
                     live.checkpoints.wait()
         yield from outcomes
-        if leave:
-            raise Stopped
         if not (waiting or any(lanes)):
             return
+        if leave:
+            raise Stopped
 
 
 def _refill(
     program: Program, lanes: list[_Live | None], waiting: deque[Run], at_once: int, saving: Saving | None
-) -> None:
+) -> list[Outcome]:
+    """Start runs in free lanes; returns those that turn out to have ended before they were interrupted."""
     fresh: dict[int, Run] = {}
+    outcomes: list[Outcome] = []
     for i in range(at_once):
-        if lanes[i] is None and waiting:
+        while lanes[i] is None and waiting:
             run = waiting.popleft()
-            lanes[i] = live = _Live(run, saving.open(run) if saving else None)
+            live = _Live(run, saving.open(run) if saving else None)
             if not live.start(program, i):
                 fresh[i] = run
+            if live.ended:
+                outcomes.append(_outcome(live))
+            else:
+                lanes[i] = live
     if fresh:
         program.fill({i: run.seed for i, run in fresh.items()})
     for i, run in fresh.items():
         if run.initial:
             program.put_weights(i, *run.initial())
+    return outcomes
 
 
 def _dispatch(
@@ -318,7 +324,7 @@ def _statuses(block: _Block) -> list[LaneStatus]:
     """Of the block's lanes, without runs that had diverged before."""
     statuses = []
     for i, (live, first, n) in block.spans.items():
-        if live.ended and first + n < live.T:
+        if live.diverged_at is not None and live.diverged_at < first:
             continue
         rows, step = slice(first, first + n), first + n
         evaluation = Evaluation(*(live.curve[name][step] for name in _AFTER)) if i in block.evaluated else None
@@ -334,13 +340,10 @@ def _local(x: jax.Array) -> np.ndarray:
 
 
 class _Pace:
-    """How many steps make a block of `BLOCK_SECONDS`, learned from the blocks read so far.
-
-    Processes that run one program together must not differ in it: there it is one step.
-    """
+    """How many steps make a block of `BLOCK_SECONDS`, learned from the blocks read so far."""
 
     def __init__(self, most: int):
-        self._most, self._steps = most if jax.process_count() == 1 else 1, 1.0
+        self._most, self._steps = most, 1.0
         self._last: float | None = None
 
     def steps(self) -> int:

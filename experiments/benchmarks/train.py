@@ -355,7 +355,7 @@ def pytorch(values: list[Any], seconds: float, weights: str) -> dict[str, Any]:
     device = "cuda" if shape.device == "gpu" else "cpu"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    model = transformers.GPT2LMHeadModel.from_pretrained(weights, **dropout).to(device).train()
+    model = transformers.GPT2LMHeadModel.from_pretrained(weights, **dropout).to(device).train()  # pyrefly: ignore[bad-argument-type]
     model.config.use_cache = False  # keys and values of all layers are for generation
     fused = {"fused": True} if device == "cuda" else {}  # else PyTorch's choice
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, **fused)

@@ -83,7 +83,7 @@ def test_devices_share_the_statistics_of_the_whole_batch() -> None:
     trees = compiled(model.init)(0)
     expected = compiled(model.loss)(*trees, BATCH)
     mesh = make_mesh(dict(run=1, data=2, fsdp=2, tensor=2), jax.devices())
-    specs = [partition_specs(tree, model.rules, mesh) for tree in trees]
+    specs = [partition_specs(tree, model.rules, mesh.shape) for tree in trees]
     assert specs[0]["blocks"][0]["branch"][0]["conv"]["kernel"] == PartitionSpec(None, None, None, "fsdp")
     assert specs[0]["head"]["kernel"] == PartitionSpec("fsdp", "tensor")
     placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), trees, tuple(specs))
