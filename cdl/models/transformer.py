@@ -12,19 +12,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import primitives
 
 from cdl.errors import UserError, unknown
 from cdl.sharding import BATCH, ShardingRule, constrain
 
 __all__ = ["REMAT", "SHARDING", "Block", "Compute", "Stack", "check_sizes", "compute_arguments", "dtype_of"]
 
-# name -> policy: what a block keeps for the backward pass. None: all of it, without rematerialisation.
+
+def _keeps_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Norms, GELU and softmax are computed again, not kept: a scan writes all that is kept to memory and reads it
+    back, which takes longer than they do."""
+    return primitive is primitives.dot_general_p or primitive.name.startswith("dot_product_attention")
+
+
+# name -> policy: what a block keeps for the backward pass.
 REMAT: dict[str, Any] = {
-    "none": None,
+    "none": _keeps_products,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-ATTENTION = ("auto", "xla", "cudnn")
+ATTENTION = ("auto", "xla", "blocks", "cudnn")
+BLOCK = 128  # queries at least, where attention goes by blocks; of these, at most so many:
+MOST_BLOCKS = 4
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Kernels are [in, out]: split along what the block widens to ("tensor") and along the other side ("fsdp").
@@ -38,8 +48,10 @@ SHARDING = (
 class Compute(NamedTuple):
     """How a model is computed, which changes nothing but rounding, memory and time: the config section `compute`.
 
-    remat: "none", "dots" (keep what dense layers gave) or "full" (keep only what enters a block).
-    attention: "xla", "cudnn" (fused, NVIDIA GPUs, bfloat16) or "auto" (the fused one where it works).
+    remat: "none" (keep what matrix products and attention gave), "dots" (what dense layers gave) or "full" (only what
+      enters a block).
+    attention: "xla", "blocks" (without most of the scores that a causal mask throws away), "cudnn" (fused, NVIDIA GPUs,
+      bfloat16) or "auto": the fused one where it works, "blocks" on CPUs.
     microbatches: parts that a batch is computed in, one after the other.
     workers: processes that read data; 0 reads in threads.
     """
@@ -98,9 +110,12 @@ class Attention(nnx.Module):
         D = x_BSxD.shape[-1]
         qkv_BxSxHx3xK = self.qkv(x_BSxD).reshape(batch, -1, self.n_head, 3, D // self.n_head)
         q_BxSxHxK, k_BxSxHxK, v_BxSxHxK = jnp.moveaxis(qkv_BxSxHx3xK, 3, 0)
-        y_BxSxHxK = jax.nn.dot_product_attention(
-            q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, is_causal=self.causal, implementation=self.implementation
-        )
+        if self.implementation == "blocks":
+            y_BxSxHxK = _causal_in_blocks(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK)
+        else:
+            y_BxSxHxK = jax.nn.dot_product_attention(
+                q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, is_causal=self.causal, implementation=self.implementation
+            )
         return self.out(y_BxSxHxK.reshape(-1, D))
 
 
@@ -177,9 +192,34 @@ class Stack(nnx.Module):
         def layer(x_BSxD: jax.Array, params: Any) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, params)(x_BSxD, batch), None
 
-        if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        return jax.lax.scan(layer, x_BSxD, params_L)[0]
+        layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+        # Two small layers, as of the demo, run faster without a loop. Not where less is to be kept:
+        # without a loop between the passes, XLA may keep what it was to compute again.
+        unroll = self.n_layer <= 2 and self.remat == "none"
+        return jax.lax.scan(layer, x_BSxD, params_L, unroll=unroll)[0]
+
+
+def _causal_in_blocks(q_BxSxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array) -> jax.Array:
+    """Causal attention, each block of queries on the keys up to its own end alone. Scores and softmax in float32.
+
+    Heads go before positions, which XLA on CPUs wants of batched products.
+    """
+    q_BxHxSxK, k_BxHxSxK, v_BxHxSxK = (x.swapaxes(1, 2) for x in (q_BxSxHxK, k_BxSxHxK, v_BxSxHxK))
+    S, K = q_BxHxSxK.shape[-2:]
+    blocks = next((n for n in range(MOST_BLOCKS, 1, -1) if S % n == 0 and S // n >= BLOCK), 1)
+    parts = []
+    for i in range(blocks):
+        first, end = S * i // blocks, S * (i + 1) // blocks
+        scores_BxHxQxS = jnp.einsum(
+            "bhqk,bhsk->bhqs",
+            q_BxHxSxK[:, :, first:end],
+            k_BxHxSxK[:, :, :end],
+            preferred_element_type=jnp.float32,
+        )
+        seen_QxS = jnp.arange(first, end)[:, None] >= jnp.arange(end)
+        weights_BxHxQxS = jax.nn.softmax(jnp.where(seen_QxS, scores_BxHxQxS / math.sqrt(K), -jnp.inf), axis=-1)
+        parts.append(jnp.einsum("bhqs,bhsk->bhqk", weights_BxHxQxS.astype(v_BxHxSxK.dtype), v_BxHxSxK[:, :, :end]))
+    return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
 
 
 def _dense(n_in: int, n_out: int, std: float, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
@@ -188,13 +228,17 @@ def _dense(n_in: int, n_out: int, std: float, dtype: Any, rngs: nnx.Rngs) -> nnx
 
 @functools.cache
 def _implementation(wanted: str, dtype: Any, length: int, head: int, causal: bool) -> Any:
-    """What `jax.nn.dot_product_attention` is to use. "auto" asks the device, once: what cuDNN takes differs."""
+    """What "auto" is. It asks a GPU, once: what cuDNN takes differs."""
     if wanted not in ATTENTION:
         raise unknown("compute.attention", wanted, ATTENTION)
     if wanted == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(f"compute.attention='cudnn' needs an NVIDIA GPU, and here is {jax.default_backend()}; use auto")
-    if wanted != "auto" or jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
-        return "xla" if wanted == "auto" else wanted
+    if wanted == "auto" and jax.default_backend() == "cpu":
+        wanted = "blocks"
+    if wanted != "auto":
+        return wanted if wanted != "blocks" or causal else "xla"
+    if jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
+        return "xla"
     x = jax.ShapeDtypeStruct((1, length, 1, head), dtype)
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     try:

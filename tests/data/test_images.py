@@ -149,20 +149,24 @@ def test_nothing_but_undecodable_images_is_an_error(folder: Path) -> None:
 
 
 def test_more_than_one_undecodable_image_in_a_hundred_is_an_error() -> None:
-    check_undecodable("x", 10, 1000)
+    """With three standard errors of a count of 1% on top, sqrt(10) of 1,000 and sqrt(1000) of 100,000 images."""
+    check_undecodable("x", 19, 1000)
+    check_undecodable("x", 1094, 100_000)
     check_undecodable("x", 499, 499)  # too early to say
-    with pytest.raises(UserError, match=r"data\.path='x': 11 of 1000 images could not be decoded"):
-        check_undecodable("x", 11, 1000)
+    with pytest.raises(UserError, match=r"data\.path='x': 20 of 1000 images could not be decoded"):
+        check_undecodable("x", 20, 1000)
+    with pytest.raises(UserError, match="1095 of 100000"):
+        check_undecodable("x", 1095, 100_000)
 
 
 def test_held_out_images_are_held_to_the_same(digits: Images) -> None:
     class Broken(list):  # type: ignore[type-arg]
-        """Every 50th image is broken."""
+        """Every 20th image is broken."""
 
         def __getitem__(self, i: Any) -> Any:
-            return dict(image=b"" if i % 50 == 0 else np.zeros((8, 8, 3), np.uint8), label=0)
+            return dict(image=b"" if i % 20 == 0 else np.zeros((8, 8, 3), np.uint8), label=0)
 
-    with pytest.raises(UserError, match="12 of 600"):
+    with pytest.raises(UserError, match="30 of 600"):
         heldout_batches(Images(digits.train, Broken(range(600)), 1, ""), section(batch_size=100), 600)
 
 
