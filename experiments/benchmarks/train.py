@@ -358,9 +358,9 @@ def ours(values: list[Any], optimizer: str, batch: int, seconds: float, save: st
 def pytorch(values: list[Any], seconds: float, weights: str) -> dict[str, Any]:
     """Seconds a step of PyTorch with the weights in a folder; see `ours`."""
     try:
-        import torch
-        import torch.nn.functional as F
-        import transformers
+        import torch  # pyrefly: ignore[missing-import]
+        import torch.nn.functional as F  # pyrefly: ignore[missing-import]
+        import transformers  # pyrefly: ignore[missing-import]
     except ImportError as e:
         raise SystemExit(f"{e}; install the extra of the tests") from e
 
