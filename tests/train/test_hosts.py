@@ -70,7 +70,7 @@ def test_two_processes_give_the_losses_of_one(mesh: tuple[str, str], tmp_path: P
     assert one["id"].tolist() == two["id"].tolist()
     assert (one["processes"].tolist(), two["processes"].tolist()) == ([1], [2])
     a, b = (Store(tmp_path / name).curve(one["id"][0]) for name in ("one", "two"))
-    for column in ("train_loss", "eval_loss", "grad_norm"):
+    for column in ("train_loss", "eval_loss"):
         np.testing.assert_allclose(a[column], b[column], rtol=1e-5, err_msg=column)
     shapes = [(tmp_path / f"{name}.txt").read_text().splitlines()[-1] for name in ("one", "two-0", "two-1")]
     assert shapes == ["(16, 17)", "(8, 17)", "(8, 17)"]  # each reads its own half
