@@ -150,6 +150,10 @@ class Program:
         if lanes % rows:
             raise ValueError(f"lanes={lanes} must be a multiple of the mesh's size along run, {rows}")
         self.lanes, self.rows, self.block, self.mesh, self.n_params = lanes, rows, block, mesh, model.n_params
+        self.part = rows_part(mesh)  # (p, P): of P equal parts of a batch's rows, this process supplies part p
+        everywhere = Mesh(mesh.devices.reshape(-1), ("device",))
+        self._by_device = NamedSharding(everywhere, PartitionSpec("device"))
+        self._any = jax.jit(lambda x: x.any(axis=0), out_shardings=NamedSharding(everywhere, PartitionSpec()))
         run = PartitionSpec("run")
         self._by_run = NamedSharding(mesh, run)
         self._batch = NamedSharding(mesh, PartitionSpec("run", None, BATCH))
@@ -219,11 +223,6 @@ class Program:
             lambda: jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), one), out_shardings=shardings
         )()
 
-    @property
-    def part(self) -> tuple[int, int]:
-        """(p, P): batches are read in P equal parts of their rows, and this process has to supply part p."""
-        return rows_part(self.mesh)
-
     def compile(self, batch: Any) -> None:
         """Compile what is not compiled yet, by calls that do nothing, so that times of runs are of training.
 
@@ -265,10 +264,8 @@ class Program:
         """For each wish, a bool, whether any process has it; without waiting, in step with the calls of `train`."""
         if jax.process_count() == 1:
             return wishes
-        everywhere = Mesh(self.mesh.devices.reshape(-1), ("device",))
         mine = np.repeat(wishes[None], jax.local_device_count(), axis=0)
-        all_wishes = jax.make_array_from_process_local_data(NamedSharding(everywhere, PartitionSpec("device")), mine)
-        return jax.jit(_any, out_shardings=NamedSharding(everywhere, PartitionSpec()))(all_wishes)
+        return self._any(jax.make_array_from_process_local_data(self._by_device, mine))
 
     @property
     def state(self) -> TrainState:
@@ -349,10 +346,6 @@ def rows_part(mesh: Mesh) -> tuple[int, int]:
     if rows != list(range(rows[0], rows[0] + n)) or rows[0] % n or grid.shape[1] % n:
         raise ValueError(f"the rows of process {here} do not lie together on the mesh {dict(mesh.shape)}")
     return rows[0] // n, grid.shape[1] // n
-
-
-def _any(wishes: jax.Array) -> jax.Array:
-    return wishes.any(axis=0)
 
 
 def _of_row(x: jax.Array, row: int, rows: int) -> list[Any]:

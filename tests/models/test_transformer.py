@@ -1,5 +1,6 @@
 """How models are computed: the scan, rematerialisation and bfloat16 change neither losses nor gradients."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from cdl.errors import UserError
 from cdl.models import build
 from cdl.models.resnet import DEPTHS
-from cdl.models.transformer import REMAT, Compute, Stack
+from cdl.models.transformer import REMAT, Compute, Stack, _causal_in_blocks
 from tests.models.programs import compiled, products
 
 SECTIONS = {
@@ -120,3 +121,17 @@ def test_bad_compute_sections_are_named(compute: Compute, said: str) -> None:
     with pytest.raises(UserError) as e:
         jax.eval_shape(loss)
     assert said in str(e.value)
+
+
+@pytest.mark.parametrize(("S", "blocks"), [(12, 1), (250, 1), (256, 2), (384, 3), (512, 4)])
+def test_attention_by_blocks_is_the_plain_one(S: int, blocks: int) -> None:
+    q, k, v, ct = jax.random.normal(jax.random.key(0), (4, 2, S, 2, 8))
+    plain = partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
+    results = []
+    for attend in (_causal_in_blocks, plain):
+        y, back = jax.vjp(attend, q, k, v)
+        results.append((y, *back(ct)))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    dots = [e for e in jax.make_jaxpr(_causal_in_blocks)(q, k, v).jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert len(dots) == 2 * blocks
