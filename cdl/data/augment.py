@@ -1,5 +1,8 @@
 """One image: decoding, the view that is evaluated, and the random views that are trained on.
 
+Arrays that have the size of their views get them a batch at a time, `array_views`: in NumPy one image costs as much as
+dozens in one call.
+
 An image is encoded bytes (JPEG, PNG, BMP or WebP) or a uint8 array HxWxC with C = 1 or 3. What is not RGB becomes
 it: grey, 16-bit grey (its high byte), CMYK and palettes by conversion; alpha is dropped, as most loaders do. The EXIF
 orientation is ignored, as in the pipelines that published ImageNet numbers come from.
@@ -13,11 +16,22 @@ import io
 from collections.abc import Callable
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from cdl.errors import unknown
 
-__all__ = ["AUGMENTATIONS", "CROP", "Undecodable", "augmentation", "evaluation_view", "resized_crop_box", "size_of"]
+__all__ = [
+    "ARRAY_VIEWS",
+    "AUGMENTATIONS",
+    "CROP",
+    "Undecodable",
+    "array_views",
+    "augmentation",
+    "evaluation_view",
+    "resized_crop_box",
+    "size_of",
+]
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 CROP = 0.875  # share of the shorter side that the evaluation of an encoded image keeps: 224 of 256
@@ -75,7 +89,7 @@ def flip(image: bytes | np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
 def crop_flip(image: bytes | np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """The evaluation view in a black frame of size / 8 (4 pixels for 32), a window of it anywhere, mirrored or not."""
-    frame = max(1, size // 8)
+    frame = _frame(size)
     padded_HxWxC = np.zeros((size + 2 * frame, size + 2 * frame, 3), np.uint8)  # np.pad takes as long as all the rest
     padded_HxWxC[frame:-frame, frame:-frame] = evaluation_view(image, size)
     top, left = rng.integers(0, 2 * frame + 1, 2)
@@ -125,6 +139,44 @@ def augmentation(name: str) -> View:
     if name not in AUGMENTATIONS:
         raise unknown("data.augment", name, AUGMENTATIONS)
     return AUGMENTATIONS[name]
+
+
+# of what `data.augment` may be, all that needs no resizing: the frame of a view of this size, how many ways it may face
+ARRAY_VIEWS: dict[str, Callable[[int], tuple[int, int]]] = {
+    "none": lambda size: (0, 1),
+    "flip": lambda size: (0, 2),
+    "crop_flip": lambda size: (_frame(size), 2),
+}
+
+
+def array_views(
+    name: str, image_NxSxSxC: np.ndarray, index_B: np.ndarray, rows: slice, rng: np.random.Generator
+) -> np.ndarray:
+    """uint8 [rows, S, S, 3]: some rows of a batch of varied images, distributed as one by one by `augmentation(name)`.
+
+    Args:
+      name: one of `ARRAY_VIEWS`.
+      image_NxSxSxC: uint8, C = 1 or 3.
+      index_B: which image each row of the whole batch is.
+      rows: which rows to make. They are the same whichever others are.
+      rng: draws for the whole batch.
+    """
+    S, C = image_NxSxSxC.shape[2:]
+    frame, ways = ARRAY_VIEWS[name](S)
+    most_3x1 = np.array([2 * frame, 2 * frame, ways - 1])[:, None]
+    top_B, left_B, mirrored_B = rng.integers(0, most_3x1, (3, len(index_B)), endpoint=True)[:, rows]
+    B, W = len(top_B), S + 2 * frame
+    padded_BxWxWxC = np.zeros((B, W, W, C), np.uint8)
+    padded_BxWxWxC[:, frame : frame + S, frame : frame + S] = image_NxSxSxC[index_B[rows]]
+    # all windows are a view of the memory; only those that are picked are copied
+    image_BxSxSxC = sliding_window_view(padded_BxWxWxC, (S, S, C), axis=(1, 2, 3))[np.arange(B), top_B, left_B, 0]
+    mirrored_B = mirrored_B.astype(bool)
+    image_BxSxSxC[mirrored_B] = image_BxSxSxC[mirrored_B, :, ::-1]
+    return image_BxSxSxC if C == 3 else image_BxSxSxC.repeat(3, axis=-1)
+
+
+def _frame(size: int) -> int:
+    return max(1, size // 8)
 
 
 def _flipped(image_HxWxC: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,64 +1,41 @@
 """Images of one size that are read into memory: scikit-learn's digits, idx files, CIFAR."""
 
 import gzip
-import hashlib
 import pickle
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cdl.data.image_sources import Parts, Source, class_count
+from cdl.data.image_sources import Arrays, Parts, class_count
 from cdl.errors import UserError
 
 __all__ = ["CIFAR", "cifar", "digits", "idx"]
-
-
-class _Arrays(Source):
-    """Images of one size, in memory."""
-
-    def __init__(self, image_NxHxWxC: np.ndarray, label_N: np.ndarray):
-        self._image_NxHxWxC, self._label_N = image_NxHxWxC, label_N
-
-    def __len__(self) -> int:
-        return len(self._label_N)
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        return dict(image=self._image_NxHxWxC[index], label=int(self._label_N[index]))
-
-    def __repr__(self) -> str:
-        return f"_Arrays{self._image_NxHxWxC.shape}"
-
-    def digest(self) -> str:
-        h = hashlib.sha256(f"{self._image_NxHxWxC.shape}".encode())
-        h.update(np.ascontiguousarray(self._image_NxHxWxC).data)
-        h.update(self._label_N.astype("<i8").data)
-        return h.hexdigest()
 
 
 def digits() -> Parts:
     from sklearn.datasets import load_digits  # two seconds, which other sources need not spend
 
     loaded: Any = load_digits()  # 0 to 16
-    source = _Arrays(np.round(loaded.images * (255 / 16)).astype(np.uint8)[..., None], loaded.target)
+    source = Arrays(np.round(loaded.images * (255 / 16)).astype(np.uint8)[..., None], loaded.target)
     return Parts(source, None, 10, source.digest())
 
 
-def _in_memory(root: Path, train: _Arrays, heldout: _Arrays, classes: int | None) -> Parts:
-    classes = class_count(root, train._label_N, heldout._label_N, classes)
+def _in_memory(root: Path, train: Arrays, heldout: Arrays, classes: int | None) -> Parts:
+    classes = class_count(root, train.label_N, heldout.label_N, classes)
     return Parts(train, heldout, classes, train.digest() + heldout.digest())
 
 
 def idx(root: Path) -> Parts:
     train, heldout = (
-        _Arrays(_idx_array(root, f"{part}-images", 3)[..., None], _idx_array(root, f"{part}-labels", 1).astype(int))
+        Arrays(_idx_array(root, f"{part}-images", 3)[..., None], _idx_array(root, f"{part}-labels", 1).astype(int))
         for part in ("train", "t10k")
     )
     for part, source in (("train", train), ("t10k", heldout)):
-        if len(source._image_NxHxWxC) != len(source):
+        if len(source.image_NxHxWxC) != len(source):
             raise UserError(
-                f"data.path={str(root)!r}: {part} has {len(source._image_NxHxWxC)} images but {len(source)} labels; "
+                f"data.path={str(root)!r}: {part} has {len(source.image_NxHxWxC)} images but {len(source)} labels; "
                 "use files of one download"
             )
     return _in_memory(root, train, heldout, None)
@@ -110,7 +87,7 @@ def cifar(root: Path, kind: Cifar) -> Parts:
     read = _cifar_binary if kind.label_bytes else _cifar_pickle
     files = [read(root / name, kind) for name in (*kind.train, kind.heldout)]
     image_NxHxWxC, label_N = (np.concatenate(arrays) for arrays in zip(*files[:-1], strict=True))
-    return _in_memory(root, _Arrays(image_NxHxWxC, label_N), _Arrays(*files[-1]), kind.classes)
+    return _in_memory(root, Arrays(image_NxHxWxC, label_N), Arrays(*files[-1]), kind.classes)
 
 
 def _cifar_binary(file: Path, kind: Cifar) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from cdl.data.image_arrays import CIFAR, cifar, digits, idx
 from cdl.data.image_shards import PROBES, array_record, parquet, write_array_records
-from cdl.data.image_sources import HELDOUT_NAMES, Images, Parts, Source, Subset, fixed_order
+from cdl.data.image_sources import HELDOUT_NAMES, Images, Parts, Source, fixed_order, subset
 from cdl.errors import UserError
 
 __all__ = ["Images", "read_images", "write_array_records"]
@@ -45,7 +45,7 @@ def read_images(path: str, heldout: float) -> Images:
     n = len(parts.train)
     if parts.heldout is None:
         train_N, rest_N = np.split(fixed_order(n), [round(n * (1 - heldout))])
-        train, rest = (Subset(parts.train, np.sort(index_N)) for index_N in (train_N, rest_N))
+        train, rest = (subset(parts.train, np.sort(index_N)) for index_N in (train_N, rest_N))
     else:
         train, rest = parts.train, parts.heldout
     split = f"{parts.content},{parts.classes},{len(train)},{len(rest)}"

@@ -1,5 +1,6 @@
 """What a source of labelled images is: random access to encoded bytes or arrays, in two parts."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from cdl.errors import UserError
 
-__all__ = ["HELDOUT_NAMES", "Images", "Parts", "Source", "Subset", "class_count", "fixed_order"]
+__all__ = ["HELDOUT_NAMES", "Arrays", "Images", "Parts", "Source", "class_count", "fixed_order", "subset"]
 
 HELDOUT_NAMES = ("validation", "val", "test")  # of the folder or the shards of a held-out part, the first that exists
 
@@ -36,8 +37,37 @@ class Parts(NamedTuple):
     content: str
 
 
-class Subset(Source):
-    """Some images of a source."""
+class Arrays(Source):
+    """Images of one size, in memory."""
+
+    def __init__(self, image_NxHxWxC: np.ndarray, label_N: np.ndarray):
+        self.image_NxHxWxC, self.label_N = image_NxHxWxC, label_N
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        return dict(image=self.image_NxHxWxC[index], label=int(self.label_N[index]))
+
+    def __repr__(self) -> str:
+        return f"Arrays{self.image_NxHxWxC.shape}"
+
+    def digest(self) -> str:
+        h = hashlib.sha256(f"{self.image_NxHxWxC.shape}".encode())
+        h.update(np.ascontiguousarray(self.image_NxHxWxC).data)
+        h.update(self.label_N.astype("<i8").data)
+        return h.hexdigest()
+
+
+def subset(source: Source, index_N: np.ndarray) -> Source:
+    """Some images of a source. Those of arrays are copied, so that they are arrays again."""
+    if isinstance(source, Arrays):
+        return Arrays(source.image_NxHxWxC[index_N], source.label_N[index_N])
+    return _Subset(source, index_N)
+
+
+class _Subset(Source):
+    """Some images of a source that are read one by one."""
 
     def __init__(self, source: Source, index_N: np.ndarray):
         self._source, self._index_N = source, index_N
@@ -49,7 +79,7 @@ class Subset(Source):
         return self._source[int(self._index_N[index])]
 
     def __repr__(self) -> str:
-        return f"Subset({self._source!r}, n={len(self)})"
+        return f"_Subset({self._source!r}, n={len(self)})"
 
 
 def fixed_order(n: int) -> np.ndarray:

@@ -8,6 +8,7 @@ An image that cannot be decoded is replaced by the next one that can, in the ord
 `replaced`; which one depends on nothing else. `check_undecodable` ends a run in which this is frequent.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 
 from cdl.data import augment
 from cdl.data.image_files import Images, read_images
+from cdl.data.image_sources import Arrays
 from cdl.errors import UserError
 
 __all__ = [
@@ -62,7 +64,8 @@ def batches(images: Images, section: ConfigDict, seed: int, part: tuple[int, int
     """Random access to batches: ``batches(...)[k-1]`` is the batch of update k.
 
     All images are visited in a random order, each once an epoch, a new order every epoch; batches go on over its end.
-    An image of an update is varied the same way whatever the part, and whoever reads it.
+    An image of an update is varied the same way whatever the part, and whoever reads it. Arrays that are not resized
+    are varied a batch at a time, all others one by one, with other draws of the same distribution.
 
     Args:
       images: from `read_images`.
@@ -77,8 +80,12 @@ def batches(images: Images, section: ConfigDict, seed: int, part: tuple[int, int
     B = _batch_size(images.train, section, "training")
     if B % P:
         raise UserError(f"data.batch_size={B} does not divide among {P} processes; give a multiple of {P}")
-    draw = _Draw(images.train, image_size(images, section), section.augment)
-    items = grain.MapDataset.range(len(images.train)).seed(seed).shuffle().random_map(draw).repeat()
+    S, train, name = image_size(images, section), images.train, section.augment
+    if isinstance(train, Arrays) and train.image_NxHxWxC.shape[1:3] == (S, S) and name in augment.ARRAY_VIEWS:
+        draw_batch = _DrawBatch(train, name, seed, B, slice(p * B // P, (p + 1) * B // P))
+        return grain.MapDataset.range(2**62).seed(seed).random_map(draw_batch)  # without end
+    draw = _Draw(train, S, name)
+    items = grain.MapDataset.range(len(train)).seed(seed).shuffle().random_map(draw).repeat()
     return items.batch(B // P, drop_remainder=True)[p::P]  # the remainder of infinity, at B/P = 1, overflows
 
 
@@ -188,6 +195,27 @@ class _Draw:
             f"{min(n, _TRIES)} images in a row, from image {index} of {self._source!r}, could not be decoded; "
             "give JPEG, PNG, BMP or WebP images"
         )
+
+
+class _DrawBatch:
+    """From the index of a batch to some of its rows."""
+
+    def __init__(self, source: Arrays, name: str, seed: int, B: int, rows: slice):
+        self._source, self._name, self._seed, self._B, self._rows = source, name, seed, B, rows
+
+    def __call__(self, k: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        n, B = len(self._source), self._B
+        epochs = range(k * B // n, ((k + 1) * B - 1) // n + 1)  # one or two, since B <= n
+        index_B = np.concatenate([_order(n, self._seed, epoch) for epoch in epochs])[k * B % n :][:B]
+        image_BxSxSxC = augment.array_views(self._name, self._source.image_NxHxWxC, index_B, self._rows, rng)
+        label_B = self._source.label_N[index_B[self._rows]].astype(np.int32)
+        return dict(image=image_BxSxSxC, label=label_B, replaced=np.zeros_like(label_B))
+
+
+@functools.lru_cache(maxsize=64)  # an epoch or two of each lane
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """All images in an order of its own for each epoch. Grain's shuffle takes longer than all else about a batch."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def _cores() -> int:

@@ -5,7 +5,8 @@
 Images: JPEGs of about ImageNet's size (500 x 375, 105 KB), made in a temporary folder, kept there as files, as Parquet
 shards (100 rows to a group, as Hugging Face writes them) and as ArrayRecord shards. They fit in the page cache, so that
 decoding is measured and not a disk; Parquet has them 16 times, so that few row groups are still in memory. Random
-resized crop to 224, flip, batches of 64. Tokens: windows of a memory-mapped uint16 file of 1 GB, in a random order.
+resized crop to 224, flip, batches of 64. Arrays: 50,000 images of CIFAR's size in memory, shifted and mirrored, batches
+of 128. Tokens: windows of a memory-mapped uint16 file of 1 GB, in a random order.
 Readers take turns, and the batches that they made while they waited are not counted.
 """
 
@@ -28,6 +29,7 @@ from PIL import Image, features
 
 from cdl.data import images, text
 from cdl.data.image_files import write_array_records
+from cdl.data.image_sources import Arrays
 
 HEIGHT, WIDTH, SIZE, BATCH = 375, 500, 224, 64
 
@@ -49,6 +51,9 @@ def main() -> None:
             dataset = images.batches(images.read_images(section.path, 0.1), section, seed=0)
             for reader, rate in rates(dataset, workers, arguments.seconds).items():
                 print(f"{name:16s} {reader:28s} {rate * BATCH:12,.0f} images/s")
+        section = ConfigDict(images.data_arguments() | dict(augment="crop_flip", batch_size=128))
+        for reader, rate in rates(images.batches(in_memory(), section, seed=0), workers, arguments.seconds).items():
+            print(f"{'arrays':16s} {reader:28s} {rate * section.batch_size:12,.0f} images/s")
         tokens = Path(folder, "tokens.bin")
         np.random.default_rng(0).integers(0, 50257, 2**29, dtype=np.uint16).tofile(tokens)
         for B, S in ((8, 256), (512, 1024)):
@@ -74,6 +79,13 @@ def image_sources(folder: Path, n: int) -> dict[str, Path]:
     pq.write_table(table, folder / "parquet" / "train-0.parquet", row_group_size=100)
     write_array_records(images.read_images(str(folder / "files"), 0.1), folder / "records")
     return {"files": folder / "files", "Parquet": folder / "parquet", "ArrayRecord": folder / "records"}
+
+
+def in_memory() -> images.Images:
+    """Noise in the shape of CIFAR-10."""
+    rng = np.random.default_rng(0)
+    source = Arrays(rng.integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 50_000))
+    return images.Images(source, source, 10, "")
 
 
 def picture(rng: np.random.Generator) -> np.ndarray:

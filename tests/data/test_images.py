@@ -1,6 +1,7 @@
 """Batches of images are functions of (seed, step), whoever reads them and however many processes share them."""
 
 import io
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from scipy import stats
 
-from cdl.data.augment import evaluation_view
+from cdl.data.augment import augmentation, evaluation_view
+from cdl.data.image_sources import Arrays
 from cdl.data.images import (
     Images,
     batches,
@@ -106,8 +109,12 @@ def test_parts_of_processes_make_the_whole_batch(digits: Images, augment: str, P
         assert equal({name: np.concatenate([row[name] for row in rows]) for name in rows[0]}, whole[k])
 
 
-def test_threads_and_worker_processes_read_the_same_batches(folder: Path) -> None:
-    dataset = batches(read_images(str(folder), 0.1), section(image_size=16, augment="inception"), 1)
+@pytest.mark.parametrize("arrays", [False, True])
+def test_threads_and_worker_processes_read_the_same_batches(digits: Images, folder: Path, arrays: bool) -> None:
+    if arrays:
+        dataset = batches(digits, section(augment="crop_flip"), 1)
+    else:
+        dataset = batches(read_images(str(folder), 0.1), section(image_size=16, augment="inception"), 1)
     expected = [dataset[k] for k in range(3, 12)]
     options = grain.ReadOptions(num_threads=3, prefetch_buffer_size=4)
     plain = iter(dataset[3:].to_iter_dataset(options))
@@ -116,6 +123,58 @@ def test_threads_and_worker_processes_read_the_same_batches(folder: Path) -> Non
         reader = iterate(dataset, 3, workers)
         assert all(equal(next(reader), batch) for batch in expected)
         reader.close()
+
+
+# --- Arrays, a batch at a time --------------------------------------------------------------------------------------
+
+
+def views_one_by_one(name: str, image: np.ndarray) -> list[bytes]:
+    """All that the function for one image can give: two numbers of 0..2 are drawn for an image of 8 x 8, and a side."""
+
+    class Scripted:
+        def __init__(self, *drawn: int):
+            self._drawn = drawn
+
+        def integers(self, low: int, high: int, size: int) -> tuple[int, ...]:
+            assert (low, high, size) == (0, 3, 2)
+            return self._drawn[:2]
+
+        def random(self) -> float:
+            return 0.75 * self._drawn[2]
+
+    scripts: list[Any] = [Scripted(*drawn) for drawn in np.ndindex(3, 3, 2)]
+    return sorted({augmentation(name)(image, 8, script).tobytes() for script in scripts})
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("name", "views"), [("none", 1), ("flip", 2), ("crop_flip", 18)])
+def test_arrays_get_the_views_that_single_images_get_equally_often(name: str, views: int, channels: int) -> None:
+    """Rows of a batch that depended on each other would change the spread of the counts."""
+    image = np.random.default_rng(0).integers(1, 256, (8, 8, channels), dtype=np.uint8)
+    train = Arrays(np.stack([image] * 100), np.zeros(100, int))
+    dataset = batches(Images(train, train, 1, ""), section(batch_size=90, augment=name), 0)
+    count = Counter(view.tobytes() for k in range(40) for view in dataset[k]["image"])
+    assert sorted(count) == views_one_by_one(name, image)
+    assert len(count) == views
+    assert 1e-3 < stats.chisquare(list(count.values())).pvalue < 1 - 1e-3 or views == 1
+
+
+def test_arrays_keep_their_labels_and_come_once_an_epoch_across_its_end() -> None:
+    label_N = np.arange(50)
+    train = Arrays(np.broadcast_to(label_N.astype(np.uint8)[:, None, None, None], (50, 8, 8, 1)), label_N)
+    dataset, other = (batches(Images(train, train, 50, ""), section(augment="crop_flip"), seed) for seed in (0, 1))
+    rows = [dataset[k] for k in range(25)]  # 4 epochs, ends of which lie within batches
+    label_ExN = np.concatenate([row["label"] for row in rows]).reshape(4, 50)
+    assert np.array_equal(np.concatenate([row["image"] for row in rows])[:, 4, 4, 0], label_ExN.reshape(-1))
+    assert np.array_equal(np.sort(label_ExN), np.tile(label_N, (4, 1)))
+    assert len({tuple(order) for order in label_ExN.tolist()}) == 4
+    assert not np.array_equal(rows[0]["label"], other[0]["label"])
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip"])
+def test_arrays_are_not_read_one_by_one(digits: Images, augment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Arrays, "__getitem__")
+    assert batches(digits, section(image_size=8, augment=augment), 0)[0]["image"].any()
 
 
 # --- Undecodable images ---------------------------------------------------------------------------------------------
