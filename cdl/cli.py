@@ -7,11 +7,12 @@ to stop (SIGTERM).
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from cdl.errors import Terminated, UserError
+from cdl.errors import Terminated, UserError, at_failure
 
 __all__ = ["main"]
 
@@ -27,6 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.changes += rest
+    code = _run(arguments)
+    if code:
+        for leave in at_failure:
+            leave(code)
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a verb; what goes wrong is said. Returns the exit code."""
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -43,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as e:
         print(f"cdl: interrupted{f'; {e}' if str(e) else ''}", file=sys.stderr)
         return 143 if isinstance(e, Terminated) else 130
+    except Exception:
+        if not at_failure:
+            raise
+        traceback.print_exc()
+        return 1
     return 0
 
 

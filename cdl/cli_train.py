@@ -24,19 +24,20 @@ from rich.console import Console
 
 from cdl import config as configs
 from cdl.cli_output import show_report
+from cdl.compute import Compute
 from cdl.errors import Terminated, UserError
 from cdl.laws.horizon import NoLaw
 from cdl.metrics import Metrics, Profile, tensorboard_writers, wandb_writers
 from cdl.models import build as models
-from cdl.models.transformer import Compute
 from cdl.planning import CHECKS, plan
 from cdl.progress import TerminalProgress
 from cdl.report import write_report
 from cdl.sharding import make_mesh
 from cdl.sweep.grid import Point
-from cdl.sweep.run import layout, parts_of, points_of, run_points, shape_on, use_cpu_cores
+from cdl.sweep.layout import layout, shape_on, use_cpu_cores
+from cdl.sweep.run import parts_of, points_of, run_points
 from cdl.sweep.store import Store
-from cdl.train.distributed import join_processes
+from cdl.train.distributed import check_shared, in_first_process, join_processes
 from cdl.train.flops import step_flops
 from cdl.train.loop import Stopped
 from cdl.train.memory import activation_bytes, step_bytes
@@ -102,7 +103,7 @@ def train(arguments: argparse.Namespace) -> None:
             f"done: held-out loss {row.loss:.4f}{right}, training loss {row.train_loss:.4f}, "
             f"{row[f'{unit}_per_s']:,.0f} {unit}/s"
         )
-        if (weights := out / "checkpoints" / id).is_dir():  # not where a sweep had trained it
+        if any((weights := store.checkpoints(points[0])).glob("step_*")):  # not where a sweep had trained it
             print(f"Weights: {weights}")
     else:
         print(f"diverged: the loss after {row.diverged_at:.0f} updates was not finite; try a smaller eta_ref")
@@ -213,8 +214,8 @@ def _train(
     store, console = Store(root), _console()
     writers = [tensorboard_writers(root)] if arguments.tensorboard else []
     writers += [wandb_writers(arguments.wandb, root)] if arguments.wandb else []
-    if jax.process_index() == 0:
-        store.open_for(points)
+    in_first_process(functools.partial(store.open_for, points))
+    check_shared(root)
     if {p.id for p in points} <= store.ids():
         many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
         console.print(f"{root}: {many} there already, nothing to train.", highlight=False, soft_wrap=True, markup=False)

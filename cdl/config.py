@@ -19,10 +19,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from cdl.compute import compute_arguments
 from cdl.data.build import data_arguments
 from cdl.errors import UserError, unknown
 from cdl.models.build import model_arguments
-from cdl.models.transformer import compute_arguments
 from cdl.optim.build import optimizer_arguments
 from cdl.schedules import shape_arguments
 
@@ -61,7 +61,7 @@ def base() -> ConfigDict:
     tokens, or images, of the held-out set that are used, a fixed sample. init: weights to start from, a file or folder
     for `cdl.models.pretrained.load`; "": drawn from the seed.
 
-    The sections compute (`cdl.models.transformer.Compute`), mesh (sizes of `cdl.sharding.AXES`; -1: what the others
+    The sections compute (`cdl.compute.Compute`), mesh (sizes of `cdl.sharding.AXES`; -1: what the others
     leave) and checkpoint say how a run is computed and not what (`HOW`). checkpoint.seconds: between two saves of
     unfinished runs. checkpoint.steps: updates between two saves of a run, 0: by the clock alone. checkpoint.keep: how
     many of a run stay.

@@ -1,7 +1,10 @@
-"""The one error type for bad input, and the wording that all of it shares."""
+"""The one error type for bad input, the wording that all of it shares, and what follows from it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+# Called with its exit code when a command has failed and has said so.
+at_failure: list[Callable[[int], None]] = []
 
 
 class UserError(ValueError):

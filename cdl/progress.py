@@ -103,10 +103,12 @@ class TerminalProgress:
         loss = f"loss {result['loss']:.4f}" if result["loss"] is not None else f"[red]{result['status']}[/red]"
         total = self._before + len(self._points)
         left = self._left()
+        replaced = result.get("images_replaced")
         self._console.print(
             f"[{self._before + self._finished:>{len(str(total))}}/{total}]"
             f"  eta_ref {point.config.eta_ref:<6g}  T {point.config.T:<6}  {loss}  "
-            f"({duration(result['seconds'])}){f'  about {left}' if left else ''}",
+            f"({duration(result['seconds'])}){f'  {replaced} broken images replaced' if replaced else ''}"
+            f"{f'  about {left}' if left else ''}",
             highlight=False,
             soft_wrap=True,
         )

@@ -14,7 +14,8 @@ from cdl.models.gpt2 import SIZES
 from cdl.schedules import schedule
 from cdl.sharding import AXES
 from cdl.sweep.grid import expand, per_lane
-from cdl.sweep.run import parts_of, points_of, shape_on
+from cdl.sweep.layout import shape_on
+from cdl.sweep.run import parts_of, points_of
 from cdl.train.memory import activation_bytes
 from cdl.train.step import state_bytes
 

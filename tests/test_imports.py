@@ -22,7 +22,7 @@ LAYERS = [
     {"train", "config"},
     {"models", "optim", "data", "laws"},
     {"theory"},
-    {"schedules", "plots", "sharding"},
+    {"schedules", "plots", "sharding", "compute"},
     {"errors"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -23,15 +23,27 @@ DATA: dict[str, Callable[[], dict[str, Any]]] = {"text": text.data_arguments, "i
 
 
 class _Batches(Protocol):
-    def __call__(self, seed: int, first: int, part: tuple[int, int] = (0, 1), workers: int = 0) -> Iterator[Any]: ...
+    def __call__(
+        self,
+        seed: int,
+        first: int,
+        part: tuple[int, int] = (0, 1),
+        workers: int = 0,
+        on_replaced: Callable[[int], None] = ...,
+    ) -> Iterator[Any]: ...
+
+
+def _ignore(images: int) -> None:
+    pass
 
 
 class Dataset(NamedTuple):
     """Data of one section.
 
     unit: what is predicted, "tokens" or "images". per_batch: how many of these in a batch.
-    batches: (seed, first, part, workers) -> the batches of updates first + 1, first + 2, ... without end; part (p, P)
-      is of P equal parts of the rows of each, workers as in `cdl.data.images.iterate`.
+    batches: (seed, first, part, workers, on_replaced) -> the batches of updates first + 1, first + 2, ... without end;
+      part (p, P) is of P equal parts of the rows of each, workers as in `cdl.data.images.iterate`. on_replaced is told
+      how many images of a batch could not be decoded, if any.
     heldout: number of tokens or images -> a fixed sample of about so many, as batches with a leading axis E.
     prepare: batch as read -> batch as a model takes it, on the device.
     check: raises UserError where they do not suffice for a batch, or a model of this config section cannot take them.
@@ -88,8 +100,14 @@ def _text(section: ConfigDict) -> Dataset:
     corpus = _read("text", section.path, section.heldout)
     assert isinstance(corpus, text.Corpus)
 
-    def batches(seed: int, first: int, part: tuple[int, int] = (0, 1), workers: int = 0) -> Iterator[Any]:
-        del workers  # reading a map of the file costs less than asking another process for it
+    def batches(
+        seed: int,
+        first: int,
+        part: tuple[int, int] = (0, 1),
+        workers: int = 0,
+        on_replaced: Callable[[int], None] = _ignore,
+    ) -> Iterator[Any]:
+        del workers, on_replaced  # reading a map of the file costs less than asking another process for it
         dataset: grain.MapDataset = text.batches(corpus, section, seed, part)
         return (dataset[k] for k in itertools.count(first))
 
@@ -121,11 +139,19 @@ def _images(section: ConfigDict) -> Dataset:
     source = _read("images", section.path, section.heldout)
     assert isinstance(source, images.Images)
 
-    def batches(seed: int, first: int, part: tuple[int, int] = (0, 1), workers: int = 0) -> Iterator[Any]:
+    def batches(
+        seed: int,
+        first: int,
+        part: tuple[int, int] = (0, 1),
+        workers: int = 0,
+        on_replaced: Callable[[int], None] = _ignore,
+    ) -> Iterator[Any]:
         dataset = images.batches(source, section, seed, part)
         replaced = seen = 0
         for batch in images.iterate(dataset, first, workers):
-            replaced, seen = replaced + int(batch["replaced"].sum()), seen + len(batch["label"])
+            if here := int(batch["replaced"].sum()):
+                on_replaced(here)
+            replaced, seen = replaced + here, seen + len(batch["label"])
             images.check_undecodable(section.path, replaced, seen)
             yield dict(image=batch["image"], label=batch["label"])
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from cdl.compute import Compute
 from cdl.errors import unknown
 from cdl.models import gpt2, resnet, vit
-from cdl.models.transformer import Compute
 from cdl.sharding import ShardingRule
 
 __all__ = ["MODELS", "Model", "Sums", "build", "model_arguments"]

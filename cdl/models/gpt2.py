@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cdl.compute import Compute
 from cdl.errors import unknown
 from cdl.models import transformer
-from cdl.models.transformer import Compute, Stack, check_sizes, dtype_of
+from cdl.models.transformer import Stack, check_sizes, dtype_of
 from cdl.sharding import BATCH, ShardingRule, constrain, take_rows
 
 __all__ = ["GPT2", "SHARDING", "SIZES", "arguments"]

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cdl.compute import Compute
 from cdl.errors import UserError, unknown
-from cdl.models.transformer import REMAT, Compute, dtype_of
+from cdl.models.transformer import REMAT, dtype_of
 from cdl.sharding import BATCH, ShardingRule, constrain
 
 __all__ = ["DEPTHS", "SHARDING", "STEMS", "ResNet", "arguments", "expanded"]

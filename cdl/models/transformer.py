@@ -7,7 +7,7 @@ is then faster than over [B, S, D].
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.extend.core import primitives
 from cdl.errors import UserError, unknown
 from cdl.sharding import BATCH, ShardingRule, constrain
 
-__all__ = ["REMAT", "SHARDING", "Block", "Compute", "Stack", "check_sizes", "compute_arguments", "dtype_of"]
+__all__ = ["REMAT", "SHARDING", "Block", "Stack", "check_sizes", "dtype_of"]
 
 
 def _keeps_products(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -43,28 +43,6 @@ SHARDING = (
     ShardingRule(r"(out|down)/kernel$", ("tensor", "fsdp")),
     ShardingRule(r"(qkv|up)/bias$", ("tensor",)),
 )
-
-
-class Compute(NamedTuple):
-    """How a model is computed, which changes nothing but rounding, memory and time: the config section `compute`.
-
-    remat: "none" (keep what matrix products and attention gave), "dots" (what dense layers gave) or "full" (only what
-      enters a block).
-    attention: "xla", "blocks" (without most of the scores that a causal mask throws away), "cudnn" (fused, NVIDIA GPUs,
-      bfloat16) or "auto": the fused one where it works, "blocks" on CPUs.
-    microbatches: parts that a batch is computed in, one after the other.
-    workers: processes that read data; 0 reads in threads.
-    """
-
-    remat: str = "none"
-    attention: str = "auto"
-    microbatches: int = 1
-    workers: int = 0
-
-
-def compute_arguments() -> dict[str, Any]:
-    """The config section `compute`, with its defaults."""
-    return Compute()._asdict()
 
 
 def dtype_of(name: str) -> Any:

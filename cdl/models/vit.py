@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cdl.compute import Compute
 from cdl.errors import UserError, unknown
 from cdl.models import transformer
-from cdl.models.transformer import Compute, Stack, check_sizes, dtype_of
+from cdl.models.transformer import Stack, check_sizes, dtype_of
 from cdl.sharding import BATCH, ShardingRule, constrain
 
 __all__ = ["CHANNELS", "POOLS", "SHARDING", "SIZES", "ViT", "arguments"]

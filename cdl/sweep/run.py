@@ -5,51 +5,49 @@ With several processes (`jax.distributed`) all of them run every point together,
 
 import functools
 import math
-import os
 import platform
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cdl.compute import Compute
 from cdl.data import build as data
 from cdl.errors import UserError
 from cdl.models import build as models
-from cdl.models.transformer import Compute
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
-from cdl.sharding import make_mesh, mesh_shape
 from cdl.sweep import initial
 from cdl.sweep.grid import Point, expand
-from cdl.sweep.store import Store
+from cdl.sweep.layout import Layout, layout
+from cdl.sweep.store import Claim, Store
 from cdl.train.checkpoint import Checkpoints
+from cdl.train.distributed import in_first_process, on_all_processes, over_processes
 from cdl.train.flops import StepCost, mfu, peak_flops, step_flops
-from cdl.train.loop import LaneStatus, Outcome, Run, Saving, train
+from cdl.train.loop import LaneStatus, Outcome, Run, Saving, Stopped, train
 from cdl.train.step import Program
 
 __all__ = [
-    "Layout",
     "Listener",
     "environment",
-    "layout",
     "parts_of",
     "points_of",
     "program_for",
     "run_points",
-    "shape_on",
-    "use_cpu_cores",
 ]
 
 _BLOCK_BYTES = 4 << 20  # of batches in one dispatch and lane
 _MOST_BLOCK = 64
 _MOST_WORKERS = 256
+_WAIT_SECONDS = 1.0  # until it is asked again whether another process has left a run
 
 
 class Listener(Protocol):
@@ -66,14 +64,6 @@ class Listener(Protocol):
     def finished(self, point: Point, result: Mapping[str, Any]) -> None:
         """A point was published."""
         ...
-
-
-class Layout(NamedTuple):
-    """Where runs go: on which mesh, in how many lanes, and how many of these are used."""
-
-    mesh: Mesh
-    lanes: int
-    at_once: int
 
 
 def points_of(config: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[Point]:
@@ -95,62 +85,6 @@ def points_of(config: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[
     return points
 
 
-def shape_on(config: ConfigDict, devices: int) -> dict[str, int]:
-    """The sizes of the mesh on so many devices, axis -> size.
-
-    Raises:
-      UserError: a mesh that does not fit the devices or the batch.
-    """
-    shape = mesh_shape(config.mesh.to_dict(), devices)
-    rows, parts = config.data.batch_size, shape["data"] * shape["fsdp"] * config.compute.microbatches
-    if config.compute.microbatches < 1 or rows % parts:
-        raise UserError(
-            f"data.batch_size={rows} must be a multiple of mesh.data={shape['data']} x mesh.fsdp={shape['fsdp']} x "
-            f"compute.microbatches={config.compute.microbatches}"
-        )
-    return shape
-
-
-def layout(config: ConfigDict, runs: int, lanes: int | None = None) -> Layout:
-    """Where runs of a config go on this machine, or with several processes on all of theirs.
-
-    On a CPU there are at least two rows for small runs, of which one may idle: XLA compiles a program for one device by
-    another route than for several, with other last bits, and a run is to be the same alone and in company.
-
-    Args:
-      config: of one of the runs.
-      runs: number of runs there are.
-      lanes: runs side by side; one per row of the mesh if None.
-
-    Raises:
-      UserError: a mesh that does not fit the devices or the batch; lanes fewer than one; more than there are rows on
-        CPU devices, where lanes that share one would only change last bits; on other devices, more than there are and
-        no multiple of them; several processes and more than one lane.
-    """
-    # In this order the rows of a process lie together; on TPU slices ids alone run across hosts.
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    shape = shape_on(config, len(devices))
-    rows, spread = shape["run"], math.prod(shape.values()) // shape["run"]
-    if lanes is not None and lanes < 1:
-        raise UserError(f"--lanes={lanes} must be at least 1")
-    if jax.process_count() > 1:
-        if rows > 1 or (lanes or 1) > 1 or spread < len(devices):
-            raise UserError(
-                f"{jax.process_count()} processes train one run at a time on all {len(devices)} devices; let "
-                "mesh.data, mesh.fsdp and mesh.tensor multiply to that (one of them may be -1), and mesh.run be -1 or 1"
-            )
-        at_once = 1
-    elif lanes is not None and lanes > rows and devices[0].platform == "cpu":
-        raise UserError(f"--lanes={lanes} exceeds the number of CPU cores, {rows}; use at most that many")
-    elif lanes is not None and lanes > rows and lanes % rows:
-        raise UserError(f"--lanes={lanes} must be a multiple of the number of devices, {rows}")
-    else:
-        at_once = lanes or min(rows, runs)
-    used = at_once if devices[0].platform != "cpu" or spread > 1 else max(at_once, min(2, rows))
-    mesh = make_mesh(shape | dict(run=min(used, rows)), devices)
-    return Layout(mesh, used, min(at_once, runs))
-
-
 def run_points(
     points: Sequence[Point],
     store: Store,
@@ -162,7 +96,8 @@ def run_points(
 ) -> None:
     """Train every point that the store lacks; longest first, so that the lanes end together.
 
-    Runs that are stopped are saved under ``<store>/checkpoints/<id>`` and go on from there.
+    Runs that are stopped are saved under ``<store>/checkpoints/<id>`` and go on from there. While it is trained, a run
+    is this process's alone; for runs that others train it waits.
 
     Args:
       points: distinct, from `points_of`.
@@ -171,13 +106,15 @@ def run_points(
       lanes: runs side by side; see `layout`.
       keep: keep the last checkpoint of finished runs.
       stop: asked often; once it is true, runs are saved and `cdl.train.loop.Stopped` is raised.
+
+    Raises:
+      UserError: a result cannot be written; more than 1% of the images are broken.
     """
     finished = store.ids()
     lacks = np.array([p.id not in finished for p in points])
     if jax.process_count() > 1:
         lacks = multihost_utils.broadcast_one_to_all(lacks)  # the first one's word: the others' files may lag behind
     todo = [p for p, lacking in zip(points, lacks, strict=True) if lacking]
-    first = jax.process_index() == 0
     if not todo:
         return
     todo.sort(key=lambda p: -p.config.T)
@@ -189,39 +126,130 @@ def run_points(
     by_point = {p.id: costs[key] for key, group in groups.items() for p in group}
     for listener in listeners:
         listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
+    for key, group in groups.items():
+        _run_group(group, store, layouts[key], costs[key], listeners, keep, stop)
+
+
+def _run_group(
+    group: Sequence[Point],
+    store: Store,
+    where: Layout,
+    cost: StepCost,
+    listeners: Sequence[Listener],
+    keep: bool,
+    stop: Callable[[], bool],
+) -> None:
+    """Train points of one program."""
+    program = program_for(group[0], where)
+    by_id = {p.id: p for p in group}
+    opened: dict[str, Checkpoints] = {}  # of the runs under way
+    replaced = _Replaced()
+    unwritten: list[UserError] = []
 
     def on_block(lanes: list[LaneStatus]) -> None:
         for listener in listeners:
             listener.block(lanes)
 
-    for key, group in groups.items():
-        where = layouts[key]
-        program = program_for(group[0], where)
-        by_id = {p.id: p for p in group}
-        opened: dict[str, Checkpoints] = {}
-        saving = _saving(store, by_id, opened, keep)
-        runs = (_run_of(p, program) for p in group)
-        c = group[0].config
-        program.compile(next(data.build(c.data).batches(c.seed, 0, part=program.part)))
-        for outcome in train(program, runs, on_block, at_once=where.at_once, saving=saving, stop=stop):
-            point = by_id[outcome.run.id]
-            result = _result(point, outcome, program, by_point[point.id])
-            checkpoints = opened.pop(point.id)
-            kept = keep and outcome.status == "done"
-            if kept and checkpoints.latest != point.config.T:  # said already; what is not kept is not done
-                there = f"those of step {checkpoints.latest} are" if checkpoints.latest else "none are"
-                raise UserError(
-                    f"the weights after T={point.config.T} could not be written to {_checkpoints(store, point)}, where "
-                    f"{there}; mend that and run the same command again, which goes on from there"
+    def finish(outcome: Outcome) -> None:
+        point, checkpoints = by_id[outcome.run.id], opened[outcome.run.id]
+        kept = keep and outcome.status == "done"
+        if kept and checkpoints.latest != point.config.T:  # said already; what is not kept is not done
+            there = f"those of step {checkpoints.latest} are" if checkpoints.latest else "none are"
+            raise UserError(
+                f"the weights after T={point.config.T} could not be written to {store.checkpoints(point)}, where "
+                f"{there}; mend that and run the same command again, which goes on from there"
+            )
+        result = _result(point, outcome, program, cost, replaced)
+        try:
+            in_first_process(functools.partial(store.write, point, outcome.curve, result))
+        except (OSError, UserError) as e:
+            said = e.strerror or e if isinstance(e, OSError) else e
+            unwritten.append(
+                UserError(
+                    f"the result of eta_ref={point.config.eta_ref:g}, T={point.config.T} could not be written to "
+                    f"{store.root} ({said}); mend that and run the same command again, which goes on from the last "
+                    f"checkpoints"
                 )
-            if first:
-                store.write(point, outcome.curve, result)
-            if kept:
+            )
+            return  # the others are saved, as when asked to stop
+        del opened[point.id]
+        if kept:
+            checkpoints.finish()
+        else:
+            checkpoints.remove()
+        store.release(point)
+        for listener in listeners:
+            listener.finished(point, result)
+
+    _compile(program, group[0])
+    todo, waits = list(group), False
+    try:
+        while todo:
+            taken: list[Point] = []
+            outcomes = train(
+                program,
+                (_run_of(p, program, replaced) for p in todo),
+                on_block,
+                at_once=where.at_once,
+                saving=_saving(store, by_id, opened, taken, keep),
+                stop=lambda: bool(unwritten) or stop(),
+            )
+            for outcome in outcomes:
+                finish(outcome)
+            if unwritten:
+                raise unwritten[0]
+            todo = taken
+            if todo:
+                if not waits and jax.process_index() == 0:
+                    _say(f"another process trains {len(todo)} of the runs; waiting for it")
+                waits = True
+                time.sleep(_WAIT_SECONDS)
+                if not on_all_processes(not stop()):
+                    raise Stopped
+    except Stopped:
+        if unwritten:
+            raise unwritten[0] from None
+        raise
+    except Exception:
+        if jax.process_count() == 1:  # of several, this may be the only one that got here
+            for checkpoints in opened.values():
                 checkpoints.close()
-            else:
-                checkpoints.remove()
-            for listener in listeners:
-                listener.finished(point, result)
+        raise
+    finally:
+        for id in opened:
+            store.release(by_id[id])
+
+
+def _compile(program: Program, point: Point) -> None:
+    """With the first batch, whose trouble would else leave other processes waiting."""
+    c = point.config
+    batch, error = None, None
+    try:
+        batch = next(data.build(c.data).batches(c.seed, 0, part=program.part))
+    except Exception as e:
+        error = e
+    if not on_all_processes(error is None):
+        raise error or UserError("another process could not read its data; its message says why")
+    program.compile(batch)
+
+
+class _Replaced:
+    """Counts the undecodable images of each run, and says so once."""
+
+    def __init__(self) -> None:
+        self.of = Counter[str]()
+
+    def add(self, point: Point, images: int) -> None:
+        if not self.of:
+            _say(
+                f"images of data.path={point.config.data.path!r} cannot be decoded and are replaced by the next ones; "
+                f"result.json will say how many, and more than 1% end the run"
+            )
+        self.of[point.id] += images
+
+
+def _say(line: str) -> None:
+    print(f"cdl: {line}", file=sys.stderr, flush=True)
 
 
 def program_for(point: Point, where: Layout) -> Program:
@@ -254,44 +282,30 @@ def environment() -> dict[str, Any]:
     }
 
 
-def use_cpu_cores() -> None:
-    """Make a device of each CPU core, at least two; no effect on other backends.
-
-    Small models leave most of a second core idle, a second run does not (experiments/benchmarks/lanes.py). Has to
-    come before JAX is first used; later it changes nothing.
-    """
-    if jax.config.jax_num_cpu_devices > 0:  # pyrefly: ignore[missing-attribute]
-        return  # said by JAX_NUM_CPU_DEVICES
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        jax.config.update("jax_num_cpu_devices", max(2, cores))
-    except RuntimeError:
-        return  # JAX is in use already, as in a notebook: its devices are what there is
-
-
 def _cost(c: ConfigDict, where: Layout) -> StepCost:
     """What a step of a run takes, on its share of the devices."""
-    one = c.data.copy_and_resolve_references()
-    one.batch_size = 1  # for the shapes of a row
     dataset = data.build(c.data)
-    row = jax.eval_shape(dataset.prepare, next(data.build(one).batches(c.seed, 0)))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype), row)
+    batch = jax.eval_shape(dataset.prepare, jax.tree.map(lambda x: x[0], dataset.heldout(1)))
     model = models.build(c.model.to_dict(), Compute(attention="xla"))  # fused attention hides what it computes
     peak = peak_flops(where.mesh.devices.flat[0].device_kind, c.model.dtype)
     devices = where.mesh.size / where.lanes
     return StepCost(dataset.unit, dataset.per_batch, step_flops(model, batch), peak and peak * devices)
 
 
-def _checkpoints(store: Store, point: Point) -> Path:
-    return store.root / "checkpoints" / point.id
-
-
-def _saving(store: Store, points: Mapping[str, Point], opened: dict[str, Checkpoints], keep: bool) -> Saving:
+def _saving(
+    store: Store, points: Mapping[str, Point], opened: dict[str, Checkpoints], taken: list[Point], keep: bool
+) -> Saving:
+    """Those that another process trains go to `taken`."""
     how = next(iter(points.values())).config.checkpoint
 
-    def open(run: Run) -> Checkpoints:
+    def open(run: Run) -> Checkpoints | None:
         point = points[run.id]
-        opened[run.id] = Checkpoints(_checkpoints(store, point), point.identity, keep=how.keep)
+        claim = Claim(in_first_process(functools.partial(store.begin, point, environment())))
+        if claim is Claim.TAKEN:
+            taken.append(point)
+        if claim is not Claim.MINE:
+            return None
+        opened[run.id] = Checkpoints(store.checkpoints(point), point.identity, keep=how.keep)
         return opened[run.id]
 
     return Saving(open, how.seconds, how.steps, keep)
@@ -351,18 +365,24 @@ def _eval_steps(c: ConfigDict) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(c.T * i / times)) for i in range(1, times + 1)}))
 
 
-def _run_of(point: Point, program: Program) -> Run:
+def _run_of(point: Point, program: Program, replaced: _Replaced) -> Run:
     c = point.config
-    dataset = data.build(c.data)
-    batches = functools.partial(dataset.batches, c.seed, part=program.part, workers=c.compute.workers)
+    batches = functools.partial(
+        data.build(c.data).batches,
+        c.seed,
+        part=program.part,
+        workers=c.compute.workers,
+        on_replaced=functools.partial(replaced.add, point),
+    )
     weights = functools.partial(initial.load, c) if c.init else None
     return Run(point.id, c.seed, _eta_T(c), _eval_steps(c), batches, weights)
 
 
-def _result(point: Point, outcome: Outcome, program: Program, cost: StepCost) -> dict[str, Any]:
+def _result(point: Point, outcome: Outcome, program: Program, cost: StepCost, replaced: _Replaced) -> dict[str, Any]:
     """What result.json holds; None where a diverged run has no number, and where the peak of the devices is not known.
 
-    Speed and MFU are over all its seconds, evaluations included.
+    Speed and MFU are over all its seconds, evaluations included. Images that were replaced are counted since the run
+    was last started or resumed.
     """
     c, curve = point.config, outcome.curve
     last = curve["train_loss"][-1 - max(1, c.T // 20) : -1]  # row T has none
@@ -391,6 +411,7 @@ def _result(point: Point, outcome: Outcome, program: Program, cost: StepCost) ->
         f"{dataset.unit}_per_s": round(predicted / max(outcome.seconds, 1e-9), 1),
         "flops_per_step": cost.flops,
         "mfu": used and round(used, 4),
+        **({"images_replaced": over_processes(replaced.of[point.id])} if dataset.unit == "images" else {}),
         **environment(),
         "devices": program.mesh.size // program.rows,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -4,9 +4,11 @@
     runs/demo/<id>/point.json       config, and fingerprints of its data and of the weights that it starts from
     runs/demo/<id>/curve.parquet    step, eta, train_loss, eval_loss (rows: see `cdl.train.loop`)
     runs/demo/<id>/result.json      status, final losses, time, versions
+    runs/demo/checkpoints/<id>/     of a run under way, and of a finished one whose weights are kept: run.json (config,
+                                    devices, versions), the lock of the process that trains it, its checkpoints
 
-A folder is written under a temporary name and renamed, so a reader sees all of it or nothing, and a crash leaves at
-most a temporary folder that the next sweep removes. Tables are made by reading the folders.
+The folder of a point is written under a temporary name and renamed, so a reader sees all of it or nothing, and a crash
+leaves at most a temporary folder that the next sweep removes. Tables are made by reading the folders.
 """
 
 import json
@@ -15,18 +17,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from cdl.errors import UserError
 
 if TYPE_CHECKING:  # a reader of results needs no model
     from cdl.sweep.grid import Point
 
-__all__ = ["Store", "sweep_table"]
+__all__ = ["Claim", "Store", "sweep_table"]
 
 _TEMPORARY = ".writing-"
 _STALE_SECONDS = 3600  # writing takes milliseconds; one this old belongs to nobody
@@ -34,11 +39,20 @@ _FINGERPRINTS = {"data.fingerprint": "saw other text", "init.fingerprint": "star
 _FIRST = ["id", "status", "eta_ref", "T", "seed", "eta_peak", "loss", "train_loss", "seconds"]
 
 
+class Claim(IntEnum):
+    """What comes of `Store.begin`: the point is this process's, or another trains it, or has finished it."""
+
+    MINE = 0
+    TAKEN = 1
+    FINISHED = 2
+
+
 class Store:
     """The folder of a sweep. Reading never writes."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        self._locks: dict[str, FileLock] = {}
 
     def open_for(self, points: "Sequence[Point]") -> None:
         """Make the folder this sweep's, or extend it by these points; remove what a crash left half-written.
@@ -77,9 +91,7 @@ class Store:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         text = json.dumps({"fixed": fixed, "points": sorted(ids)}, indent=1)
         if not record.is_file() or record.read_text() != text:
-            temporary = self.root / f"{_TEMPORARY}{os.getpid()}-sweep.json"
-            temporary.write_text(text)
-            temporary.rename(record)
+            _replace(record, text)
 
     def ids(self) -> set[str]:
         """Ids of the finished points, done or diverged."""
@@ -90,23 +102,63 @@ class Store:
         record = self.root / "sweep.json"
         return set(_read_json(record, "this file")["points"]) if record.is_file() else self.ids()
 
-    def write(self, point: "Point", curve: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> None:
-        """Publish a finished point. One that is already there stays as it is."""
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.root))
-        temporary.chmod(0o755)  # mkdtemp makes it private, results are not
-        pd.DataFrame(dict(curve)).to_parquet(temporary / "curve.parquet", index=False)
-        described = {"id": point.id, "config": point.flat} | point.fingerprints
-        (temporary / "point.json").write_text(json.dumps(described, indent=1))
-        (temporary / "result.json").write_text(json.dumps(dict(result), indent=1))
-        for file in temporary.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
+    def checkpoints(self, point: "Point") -> Path:
+        """The folder in which a point is saved while it is trained."""
+        return self.root / "checkpoints" / point.id
+
+    def begin(self, point: "Point", environment: Mapping[str, Any]) -> Claim:
+        """Make a point this process's, until `release` or its end, and write down what runs, and on what.
+
+        Where that cannot be written the run is worth more, and may go on unrecorded.
+        """
+        if self._finished(point):
+            return Claim.FINISHED
+        folder = self.checkpoints(point)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / "lock", timeout=0)
+            lock.acquire()
+            self._locks[point.id] = lock
+            if self._finished(point):  # by another process, in these milliseconds
+                shutil.rmtree(folder)
+                self.release(point)
+                return Claim.FINISHED
+            said = _described(point) | dict(environment) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+            _replace(folder / "run.json", json.dumps(said, indent=1))
+        except Timeout:
+            return Claim.TAKEN
+        except OSError:
+            pass
+        return Claim.MINE
+
+    def release(self, point: "Point") -> None:
+        """Let others have a point that was begun."""
+        if lock := self._locks.pop(point.id, None):
+            lock.release()
+
+    def write(self, point: "Point", curve: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> None:
+        """Publish a finished point. One that is already there stays as it is.
+
+        Raises:
+          OSError: the disk is full, say; nothing is left behind.
+        """
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.root))
+        try:
+            temporary.chmod(0o755)  # mkdtemp makes it private, results are not
+            pd.DataFrame(dict(curve)).to_parquet(temporary / "curve.parquet", index=False)
+            (temporary / "point.json").write_text(json.dumps(_described(point), indent=1))
+            (temporary / "result.json").write_text(json.dumps(dict(result), indent=1))
+            for file in temporary.iterdir():
+                with file.open("rb") as f:
+                    os.fsync(f.fileno())
             temporary.rename(self.root / point.id)
         except OSError:
-            if not (self.root / point.id / "result.json").is_file():
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not self._finished(point):  # nobody else was first
                 raise
-            shutil.rmtree(temporary)  # somebody else finished the same point first
+
+    def _finished(self, point: "Point") -> bool:
+        return (self.root / point.id / "result.json").is_file()
 
     def curve(self, id: str) -> pd.DataFrame:
         """The curve of one point: columns step, eta, train_loss, eval_loss."""
@@ -157,6 +209,17 @@ def _common(points: "Sequence[Point]") -> dict[str, Any]:
         for k, v in first.items()
         if k not in ("eta_ref", "T", "seed") and all(p.identity.get(k) == v for p in points)
     }
+
+
+def _described(point: "Point") -> dict[str, Any]:
+    return {"id": point.id, "config": point.flat} | point.fingerprints
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f"{_TEMPORARY}{os.getpid()}-{file.name}")
+    temporary.write_text(text)
+    temporary.rename(file)
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ every method, in the same order, on a file system that all of them see.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -28,6 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cdl.errors import UserError
+from cdl.train.distributed import on_all_processes
 
 __all__ = ["Checkpoints", "Restored", "checksum"]
 
@@ -36,6 +38,7 @@ _SMALL = 2**20  # bytes; larger files hold numbers, which have checksums of thei
 _ORBAX_NOTES = "_CHECKPOINT_METADATA"  # into which Orbax writes once more at the end
 _WRITING = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of an unfinished one
 _STEP = re.compile(r"step_(\d+)")
+_SAVES = itertools.count()  # of this process, and so of each: all make the same calls
 _LEFTOVER = re.compile(rf"step_\d+{re.escape(_WRITING)}|deleted-step_\d+")
 
 
@@ -76,7 +79,6 @@ class Checkpoints:
         self._folder, self._keep, self._say = folder.absolute(), keep, say
         self._about = json.loads(json.dumps(about))  # tuples are lists from here on, as they will be when read
         self._pending: tuple[int, Any] | None = None  # the save under way: its step, its Orbax checkpointer
-        self._saves = 0
         self._latest: int | None = None
         try:
             for step, record in self._records(self._steps()):
@@ -107,14 +109,13 @@ class Checkpoints:
             "losses": {name: _curve_seal(curve) for name, curve in curves.items()},
         }
         ocp = _orbax()
-        self._saves += 1
         path = self._path(step)
         problem = self._cannot_write(path)
-        if not _on_all_processes(problem is None):
+        if not on_all_processes(problem is None):
             self._failed(step, problem or OSError("the first process cannot write"))
             return
-        # Processes meet at named barriers. No two saves may share a name, also not of two runs at one step.
-        here = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"{self._folder}.{self._saves}")
+        # Processes meet at named barriers. No two saves may share a name, and paths may differ between hosts.
+        here = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"save_{next(_SAVES)}")
         # In the background, in the first process, when all have written and before the folder gets its name.
         seal = functools.partial(_seal, path.with_name(f"{path.name}{_WRITING}"), record)
         writer = ocp.AsyncCheckpointer(
@@ -129,6 +130,10 @@ class Checkpoints:
             self._pending = step, writer
         except Exception as error:  # whatever it is, the run is worth more than a checkpoint
             self._failed(step, error)
+
+    def found(self) -> bool:
+        """Is there a checkpoint, whole or damaged?"""
+        return bool(_from_first_process(self._steps()))
 
     def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that is whole, or None if there is none; damaged ones are said and set aside.
@@ -162,7 +167,7 @@ class Checkpoints:
             for step, why in damaged.items():
                 self._say(f"{self._path(step)} is damaged ({why}) and {self._set_aside(step)}; {instead}")
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{self._folder} restored")
+            multihost_utils.sync_global_devices("checkpoint restored")
         self._latest = restored.step if restored else None
         return restored
 
@@ -182,16 +187,17 @@ class Checkpoints:
             self._failed(step, error)
             return
         self._latest = step
-        if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # what stays takes space, no more
-                for old in self._steps()[: -self._keep]:  # renamed first: half of one is no checkpoint
-                    self._path(old).rename(self._folder / f"deleted-step_{old}")
-            self._clean()
+        self._prune(self._keep)
 
     def close(self) -> None:
         """Wait for the last save, and remove what failed ones have left."""
         self.wait()
         self._clean()
+
+    def finish(self) -> None:
+        """Wait for the last save and keep that alone. For runs that have ended and whose weights are wanted."""
+        self.wait()
+        self._prune(1)
 
     def remove(self) -> None:
         """Remove the whole folder. For runs that have ended, when their result is kept elsewhere."""
@@ -209,6 +215,14 @@ class Checkpoints:
         if not self._folder.is_dir():
             return []
         return sorted(int(found[1]) for path in self._folder.iterdir() if (found := _STEP.fullmatch(path.name)))
+
+    def _prune(self, keep: int) -> None:
+        """Remove all but the newest few."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # what stays takes space, no more
+                for old in self._steps()[:-keep]:  # renamed first: half of one is no checkpoint
+                    self._path(old).rename(self._folder / f"deleted-step_{old}")
+        self._clean()
 
     def _clean(self) -> None:
         """Remove what an interrupted or failed save has left, if that can be done."""
@@ -291,7 +305,7 @@ class Checkpoints:
             raise  # as when memory is short: the checkpoint may be good
         except Exception as error:  # damage shows in many ways
             why = _one_line(error)
-        if not _on_all_processes(not why):
+        if not on_all_processes(not why):
             raise _DamagedError(why or "another process could not read it")
         # From here on, all processes compute the same numbers.
         for name, total in _checksums(leaves).items():
@@ -403,10 +417,6 @@ def _digest(record: Any) -> str:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
-
-
-def _on_all_processes(flag: bool) -> bool:
-    return flag if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _from_first_process(steps: list[int]) -> list[int]:

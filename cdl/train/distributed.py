@@ -1,10 +1,21 @@
 """Several processes, each with its own devices, that train one run together: one process per host as a rule."""
 
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from cdl.errors import UserError
+from cdl.errors import UserError, at_failure
 
-__all__ = ["join_processes"]
+__all__ = ["check_shared", "in_first_process", "join_processes", "on_all_processes", "over_processes"]
+
+_LAST_WORDS_SECONDS = 2.0  # the first process takes the others down at once, and they may have the same to say
+_LAG_SECONDS = 10.0  # until every process sees a new file; network file systems remember for seconds what is not there
 
 
 def join_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -35,3 +46,66 @@ def join_processes(coordinator: str | None = None, processes: int | None = None,
             f"the processes could not meet ({said}); start one per host at about the same time, or give "
             f"--coordinator=HOST:PORT --processes=N --process=I"
         ) from error
+    if jax.process_count() > 1:
+        at_failure.append(_leave)
+
+
+def _leave(code: int) -> None:
+    """End this process, and so the others. JAX would wait for them, who may wait for this one in the middle of a
+    step; now they fail there, on a GPU after the 100 seconds in which nothing is heard of this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(_LAST_WORDS_SECONDS)
+    os._exit(code)
+
+
+def on_all_processes(flag: bool) -> bool:
+    """Is it so on every process? All of them have to ask."""
+    return flag if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def over_processes(count: int) -> int:
+    """The sum of what all processes have counted. All of them have to ask."""
+    return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(count)).sum())
+
+
+def in_first_process(do: Callable[[], int | None]) -> int:
+    """Do something in the first process alone, while the others wait; in all of them, what it returned (None: 0).
+
+    Raises:
+      Exception: what it raised; in the other processes a UserError, so that none waits for one that has left.
+    """
+    error: Exception | None = None
+    result = 0
+    if jax.process_index() == 0:
+        try:
+            result = do() or 0
+        except Exception as e:
+            error = e
+    if not on_all_processes(error is None):
+        raise error or UserError("the first process could not go on; its message says why")
+    return result if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(result)))
+
+
+def check_shared(folder: Path) -> None:
+    """Nothing if all processes see in a folder what the first one writes there.
+
+    Raises:
+      UserError: they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    name = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))).hex()
+    file = folder / f".writing-{name}"  # what `cdl.sweep.store` removes if this process is killed here
+    in_first_process(file.touch)
+    began = time.monotonic()
+    while not (seen := file.exists()) and time.monotonic() - began < _LAG_SECONDS:
+        time.sleep(0.1)
+    all_see = np.atleast_1d(multihost_utils.process_allgather(np.asarray(seen)))
+    in_first_process(file.unlink)
+    if not all_see.all():
+        raise UserError(
+            f"process {int(np.argmin(all_see))} does not see what process 0 writes to {str(folder)!r}; choose a folder "
+            f"that all of them share"
+        )

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cdl.train.checkpoint import Checkpoints
-from cdl.train.step import Evaluation, Program, StepMetrics
+from cdl.train.checkpoint import Checkpoints, Restored
+from cdl.train.step import Evaluation, Program, StepMetrics, TrainState
 
 __all__ = ["LaneStatus", "Outcome", "Run", "Saving", "Stopped", "train"]
 
@@ -48,12 +48,13 @@ class Run:
 class Saving(NamedTuple):
     """Where and when unfinished runs are saved.
 
-    open: the checkpoints of a run; if there are any, the run goes on from the newest.
+    open: the checkpoints of a run that is to begin; if there are any, it goes on from the newest. None: it is not to be
+      trained after all.
     seconds: between two saves of all runs, by the clock. steps: also after every so many updates of a run; 0: not.
     final: also after the last update, to keep what was trained.
     """
 
-    open: Callable[[Run], Checkpoints]
+    open: Callable[[Run], Checkpoints | None]
     seconds: float
     steps: int
     final: bool
@@ -127,9 +128,8 @@ class _Live:
 
     def start(self, program: Program, lane: int) -> bool:
         """Is there a checkpoint to go on from? Then it is in the lane."""
-        restored = self.checkpoints.restore(program.lane_like(lane)) if self.checkpoints else None
+        restored = self._restored(program, lane) if self.checkpoints and self.checkpoints.found() else None
         if restored:
-            program.put_lane(lane, restored.state)
             self.step = restored.step
             for name, values in self.curve.items():
                 values[: len(restored.losses[name])] = restored.losses[name]
@@ -139,6 +139,18 @@ class _Live:
         if not self.ended:
             self.batches = self.run.batches(self.step)
         return restored is not None
+
+    def _restored(self, program: Program, lane: int) -> Restored | None:
+        assert self.checkpoints is not None
+        read: list[Restored | None] = []
+
+        def make(like: TrainState) -> TrainState | None:
+            assert self.checkpoints is not None
+            read.append(self.checkpoints.restore(like))
+            return read[0].state if read[0] else None
+
+        program.put_lane(lane, make)
+        return read[0]
 
     def save(self, program: Program, lane: int) -> None:
         assert self.checkpoints is not None
@@ -232,7 +244,10 @@ def _refill(
     for i in range(at_once):
         while lanes[i] is None and waiting:
             run = waiting.popleft()
-            live = _Live(run, saving.open(run) if saving else None)
+            checkpoints = saving.open(run) if saving else None
+            if saving and not checkpoints:
+                continue
+            live = _Live(run, checkpoints)
             if not live.start(program, i):
                 fresh[i] = run
             if live.ended:

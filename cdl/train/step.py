@@ -291,24 +291,32 @@ class Program:
             lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=self._on_row(row, x)), self._state
         )
 
-    def put_lane(self, lane: int, state: TrainState) -> None:
-        """Put a state, as `lane` gave it or shaped like `lane_like`, into a lane; the others are left as they are."""
+    def put_lane(self, lane: int, make: Callable[[TrainState], TrainState | None]) -> None:
+        """Put into a lane the state that `make` gives for `lane_like`; the others are left as they are.
+
+        A lane that is alone on its devices gives its memory back before `make` is called, so that a state of more than
+        half of it can be read. Where `make` gives None the lane is empty and has to be filled.
+        """
+        like = self.lane_like(lane)
         row, j = divmod(lane, self.lanes // self.rows)
-
-        def put(x: jax.Array, new: jax.Array) -> jax.Array:
-            of_device = {s.device: s.data for s in new.addressable_shards}
-            mine = {s.device for s in _of_row(x, row, self.rows)}
-            parts = [
-                s.data
-                if s.device not in mine
-                else of_device[s.device]
-                if self.lanes == self.rows
-                else s.data.at[j].set(of_device[s.device][0])
-                for s in x.addressable_shards
-            ]
-            return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
-
-        self._state = jax.tree.map(put, self._state, state)
+        leaves, structure = jax.tree.flatten(self._state)
+        shapes = [(x.shape, x.sharding) for x in leaves]
+        mine = {s.device for s in _of_row(leaves[0], row, self.rows)}
+        alone = self.lanes == self.rows
+        kept: list[dict[Any, Any]] = [
+            {s.device: None if alone and s.device in mine else s.data for s in x.addressable_shards} for x in leaves
+        ]
+        del self._state, leaves
+        state = make(like)
+        if state is None:
+            state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
+        put: list[jax.Array] = []
+        for (shape, sharding), parts, new in zip(shapes, kept, jax.tree.leaves(state), strict=True):
+            for s in new.addressable_shards:
+                old = parts[s.device]
+                parts[s.device] = s.data if old is None else old.at[j].set(s.data[0])
+            put.append(jax.make_array_from_single_device_arrays(shape, sharding, list(parts.values())))
+        self._state = jax.tree.unflatten(structure, put)
 
     def put_weights(self, lane: int, params: Any, stats: Any) -> None:
         """Put weights into a lane that `fill` has just made new: trees of NumPy arrays, whole on every process.
@@ -322,7 +330,8 @@ class Program:
 
         like = self.lane_like(lane)
         weights = dict(params=jax.tree.map(put, like.params, params), stats=jax.tree.map(put, like.stats, stats))
-        self.put_lane(lane, self.lane(lane)._replace(**weights))
+        state = self.lane(lane)._replace(**weights)
+        self.put_lane(lane, lambda _: state)
 
     def _on_row(self, row: int, x: jax.Array) -> NamedSharding:
         assert isinstance(x.sharding, NamedSharding)

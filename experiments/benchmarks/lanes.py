@@ -54,7 +54,8 @@ def measure(config_path: str, seconds: float, busy: int, devices: int) -> dict[s
     jax.config.update("jax_num_cpu_devices", max(2, devices))
     from cdl import config as configs
     from cdl.sharding import make_mesh
-    from cdl.sweep.run import Layout, points_of, program_for
+    from cdl.sweep.layout import Layout
+    from cdl.sweep.run import points_of, program_for
 
     config, _ = configs.load(config_path)
     (point,) = points_of(config, [{}])

@@ -299,15 +299,16 @@ def ours(values: list[Any], optimizer: str, batch: int, seconds: float, save: st
       values: of a `Shape`. optimizer: its name. batch: rows of a step, in microbatches of ``shape.rows``.
       seconds: of the measurement; 0 for the first loss alone. save: a folder for the initial weights; "" for none.
     """
-    from cdl.sweep.run import layout, points_of, program_for, use_cpu_cores
+    from cdl.sweep.layout import layout, use_cpu_cores
+    from cdl.sweep.run import points_of, program_for
 
     use_cpu_cores()
     import jax
 
     from cdl import config as configs
+    from cdl.compute import Compute
     from cdl.models import build as models
     from cdl.models import gpt2, pretrained
-    from cdl.models.transformer import Compute
     from cdl.train.flops import peak_flops, step_flops
 
     shape = Shape(*values)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cdl.compute import Compute
 from cdl.errors import UserError
 from cdl.models import build, gpt2
-from cdl.models.transformer import Compute
 from tests.models.programs import compiled
 
 SMALL: dict[str, Any] = dict(vocab_size=61, context=24, n_layer=3, n_head=4, d_model=32, dtype="float32")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cdl.compute import Compute
 from cdl.models.build import MODELS, build
 from cdl.models.pretrained import load, read_section, save
 from cdl.models.resnet import DEPTHS
-from cdl.models.transformer import Compute
 from tests.models.programs import compiled
 
 torch = pytest.importorskip("torch")

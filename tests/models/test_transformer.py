@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cdl.compute import Compute
 from cdl.errors import UserError
 from cdl.models import build
 from cdl.models.resnet import DEPTHS
-from cdl.models.transformer import REMAT, Compute, Stack, _causal_in_blocks
+from cdl.models.transformer import REMAT, Stack, _causal_in_blocks
 from tests.models.programs import compiled, products
 
 SECTIONS = {

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cdl.compute import Compute
 from cdl.errors import UserError
 from cdl.models import build, vit
-from cdl.models.transformer import Compute
 from tests.models.programs import compiled
 
 SMALL: dict[str, Any] = dict(

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from cdl.compute import Compute
 from cdl.models import build as models
 from cdl.models import gpt2, resnet, vit
-from cdl.models.transformer import Compute
 from cdl.train.flops import Speed, StepCost, mfu, peak_flops, step_flops
 
 X = jnp.ones((8, 8))

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cdl.compute import Compute
 from cdl.models import build as models
-from cdl.models.transformer import Compute
 from cdl.optim import build as optimizers
 from cdl.sharding import AXES, make_mesh
 from cdl.train.memory import activation_bytes, step_bytes

@@ -24,7 +24,8 @@ from cdl.models.gpt2 import arguments
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
 from cdl.sharding import AXES, make_mesh
-from cdl.sweep.run import layout, points_of, program_for
+from cdl.sweep.layout import layout
+from cdl.sweep.run import points_of, program_for
 from cdl.sweep.store import Store
 from cdl.train.checkpoint import Checkpoints
 from cdl.train.loop import Outcome, Run, Saving, Stopped, train
