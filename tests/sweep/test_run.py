@@ -1,5 +1,7 @@
 """Sweeps as their user runs them: killed and resumed, extended, repeated."""
 
+import errno
+import os
 import random
 import shutil
 import signal
@@ -9,12 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from cdl.config import flatten, load
+from cdl.errors import UserError
 from cdl.planning import plan
+from cdl.sweep.grid import Point
 from cdl.sweep.run import points_of, run_points
 from cdl.sweep.store import Store, sweep_table
 
@@ -109,6 +115,51 @@ def test_every_config_field_is_read(file: str, tmp_path: Path, monkeypatch: pyte
     assert expected <= read
 
 
+def test_a_result_that_cannot_be_written_stops_the_sweep_with_all_others_saved(
+    tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, grid = load(TINY)
+    assert grid is not None
+    points = points_of(config, grid)
+    store = Store(tmp_path / "s")
+    store.open_for(points)
+    plain, written = store.write, []
+
+    def write(point: Point, *result: Any) -> None:
+        written.append(point.id)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(point, *result)
+
+    monkeypatch.setattr(store, "write", write)
+    with pytest.raises(UserError, match=r"could not be written to .* \(No space left on device\); mend that"):
+        run_points(points, store, [Nobody()], lanes=3)
+    assert written[2] not in store.ids()
+    under_way = [p for p in points if (p.id not in store.ids()) and list(store.checkpoints(p).glob("step_*"))]
+    assert under_way
+    monkeypatch.undo()
+    run_points(points, store, [Nobody()])
+    equal(store.root, tiny_sweep)
+    assert not list((store.root / "checkpoints").iterdir())
+
+
+def test_replaced_images_are_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(200):
+        file = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:40])  # one of them
+    config, _ = load(TINY.replace("tiny", "tiny_images"))
+    changes = {"data.path": str(tmp_path / "images"), "T": 20, "data.batch_size": 18, "data.augment": "none"}
+    (point,) = points_of(config, [changes])
+    store = Store(tmp_path / "s")
+    store.open_for([point])
+    run_points([point], store, [Nobody()])
+    # two epochs of 180
+    assert store.table()["images_replaced"].tolist() == [2]
+    assert capsys.readouterr().err.count("cannot be decoded and are replaced by the next ones") == 1
+
+
 def test_a_second_time_trains_nothing(tiny_sweep: Path) -> None:
     before = {f: f.stat().st_mtime_ns for f in tiny_sweep.glob("*/*")}
     done = subprocess.run(sweep(tiny_sweep), capture_output=True, text=True, check=False)
@@ -189,11 +240,15 @@ def test_a_sweep_goes_on_where_its_text_was_moved_to(tmp_path: Path) -> None:
     assert "Plan: at T=180" in moved.stdout
 
 
-def test_two_sweeps_at_once_into_one_folder_harm_nothing(tiny_sweep: Path, tmp_path: Path) -> None:
-    both = [subprocess.Popen(sweep(tmp_path / "s"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in "ab"]
+def test_two_sweeps_at_once_into_one_folder_share_its_runs(tiny_sweep: Path, tmp_path: Path) -> None:
+    command = sweep(tmp_path / "s")
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+    finished = 0
     for process in both:
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
+        finished += said.count("  loss ")
+    assert finished == 8  # none was trained twice
     equal(tmp_path / "s", tiny_sweep)
     assert not list((tmp_path / "s").glob(".writing-*"))
 

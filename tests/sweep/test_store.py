@@ -1,7 +1,10 @@
 """The store: complete or absent, never overwritten, and one sweep a folder."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from cdl.config import base, change, flatten
 from cdl.errors import UserError
 from cdl.sweep.grid import Point
-from cdl.sweep.store import Store, sweep_table
+from cdl.sweep.store import Claim, Store, sweep_table
 
 CURVE = {"step": np.arange(3), "eta": np.ones(3), "train_loss": np.ones(3), "eval_loss": np.array([np.nan, 1.0, 0.5])}
 RESULT = dict(status="done", loss=0.5, train_loss=0.6, eta_peak=0.1, seconds=1.0)
@@ -44,6 +47,50 @@ def test_a_point_that_is_there_is_never_overwritten(tmp_path: Path) -> None:
     store.write(p, CURVE, RESULT | dict(loss=99.0))
     assert sweep_table(store.root)["loss"].tolist() == [0.5]
     assert {f.name for f in store.root.iterdir()} == {"sweep.json", p.id}  # nothing temporary is left
+
+
+def test_a_point_has_one_process_at_a_time(tmp_path: Path) -> None:
+    ours, theirs, p = Store(tmp_path / "s"), Store(tmp_path / "s"), point(T=7)
+    ours.open_for([p])
+    assert ours.begin(p, {"device": "abacus"}) is Claim.MINE
+    said = json.loads((ours.checkpoints(p) / "run.json").read_text())
+    assert said["config"] == p.flat  # before the first step
+    assert said["device"] == "abacus"
+    assert theirs.begin(p, {}) is Claim.TAKEN
+    ours.release(p)
+    assert theirs.begin(p, {}) is Claim.MINE
+    assert ours.begin(p, {}) is Claim.TAKEN
+    theirs.write(p, CURVE, RESULT)
+    theirs.release(p)
+    assert ours.begin(p, {}) is Claim.FINISHED
+    assert ours.ids() == {p.id}
+
+
+def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
+    store, p = Store(tmp_path / "s"), point()
+    store.open_for([p])
+    program = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    store.checkpoints(p).mkdir(parents=True)
+    command = [sys.executable, "-c", program, str(store.checkpoints(p) / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert store.begin(p, {}) is Claim.TAKEN
+        other.kill()
+    assert store.begin(p, {}) is Claim.MINE
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, p = Store(tmp_path / "s"), point()
+    store.open_for([p])
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.write(p, CURVE, RESULT)
+    assert [f.name for f in store.root.iterdir()] == ["sweep.json"]
 
 
 def test_half_written_folders_are_no_results_and_are_removed_when_old(tmp_path: Path) -> None:

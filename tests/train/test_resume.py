@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or moved to other devices end as if nothing had happened."""
 
+import gc
 import itertools
 import random
 import re
@@ -20,6 +21,7 @@ import pytest
 from cdl.config import load, section
 from cdl.data import build as data
 from cdl.models import build as models
+from cdl.models import resnet
 from cdl.models.gpt2 import arguments
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
@@ -27,6 +29,7 @@ from cdl.sharding import AXES, make_mesh
 from cdl.sweep.layout import layout
 from cdl.sweep.run import points_of, program_for
 from cdl.sweep.store import Store
+from cdl.train import checkpoint
 from cdl.train.checkpoint import Checkpoints
 from cdl.train.loop import Outcome, Run, Saving, Stopped, train
 from cdl.train.step import Program
@@ -95,6 +98,47 @@ def test_stopped_runs_go_on_bit_for_bit(lanes: int, tmp_path: Path) -> None:
     for r in RUNS:
         states = (final_state(p, tmp_path / folder, r) for folder in "ab")
         jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.slow
+def test_runs_on_images_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """Batch statistics and the variation of images are as if nothing had happened, too."""
+    images = data.build(section("data", "images", batch_size=8, augment="crop_flip"))
+    model = models.build({"name": "resnet"} | resnet.arguments(18, stem="cifar", classes=10, width=4))
+    optimizer = optimizers.build({"name": "sgd", "momentum": 0.9}, model.rules)
+    mesh = make_mesh(dict(run=2, data=1, fsdp=1, tensor=1), jax.devices())
+    p = Program(model, optimizer, images.heldout(16), lanes=2, mesh=mesh, block=4, prepare=images.prepare)
+    runs = [replace(r, batches=partial(images.batches, r.seed)) for r in RUNS[:2]]
+    straight = trained(p, runs, saving(tmp_path / "a"))
+    parts = trained(p, runs, saving(tmp_path / "b"), stop_after=3)
+    parts |= trained(p, [r for r in runs if r.id not in parts], saving(tmp_path / "b"))
+    equal(parts, straight)
+    for r in runs:
+        states = [final_state(p, tmp_path / folder, r) for folder in "ab"]
+        assert jax.tree.leaves(states[0].stats)
+        jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_memory_need_not_hold_a_state_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run has had on its devices is given back before its checkpoint is read."""
+    p = program(1, 1, 2, 1)
+    trained(p, RUNS[:1], saving(tmp_path), stop_after=3)
+    held: list[int] = []
+    plain = checkpoint._load
+
+    def live() -> int:
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    def load(*arguments: Any) -> Any:
+        held.append(live())
+        return plain(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_load", load)
+    before, state = live(), sum(x.nbytes for x in jax.tree.leaves(p.state))
+    trained(p, RUNS[:1], saving(tmp_path))
+    assert len(held) == 1
+    assert held[0] <= before - state
 
 
 def test_saving_changes_nothing_and_happens_when_it_is_due(tmp_path: Path) -> None:
