@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,14 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
-def start(out: Path, devices: int, *arguments: str) -> subprocess.Popen[str]:
+def start(out: Path, devices: int, *arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", COMMAND, f"--config={TINY}", f"--out={out}", "data.batch_size=16", *arguments]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=folder)
 
 
-def start_two(out: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+def start_two(out: Path, *arguments: str, folders: Sequence[Path | None] = (None, None)) -> list[subprocess.Popen[str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -51,8 +53,9 @@ def start_two(out: Path, *arguments: str) -> list[subprocess.Popen[str]]:
             "--processes=2",
             f"--process={i}",
             str(out.with_name(f"{out.name}-{i}.txt")),
+            folder=folder,
         )
-        for i in range(2)
+        for i, folder in enumerate(folders)
     ]
 
 
@@ -89,6 +92,24 @@ def test_a_signal_to_one_process_stops_and_saves_both(tmp_path: Path) -> None:
     assert processes[1].returncode == 143, said[1]
     assert processes[0].returncode == 130, said[0]  # stopped, though not by a signal of its own
     assert "those under way are saved" in said[0].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_trouble_of_one_process_ends_both_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = [p.communicate(timeout=100)[1] for p in start_two(tmp_path / "file", "T=60", "mesh.fsdp=-1")]
+    assert "is a file; choose a folder" in said[0]
+    assert "the first process could not go on; its message says why" in said[1]
+    # Two hosts with a folder each, under one name.
+    here = [tmp_path / name for name in "ab"]
+    for folder in here:
+        folder.mkdir()
+    processes = start_two(Path("runs"), "T=60", "mesh.fsdp=-1", folders=here)
+    for process in processes:
+        _, last = process.communicate(timeout=100)
+        assert process.returncode == 2, last
+        assert "process 1 does not see what process 0 writes to 'runs'; choose a folder that all" in last
+    assert not (tmp_path / "b" / "runs").exists()
 
 
 @pytest.mark.parametrize(

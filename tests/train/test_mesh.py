@@ -17,8 +17,10 @@ SECTION = dict(name="gpt2", vocab_size=V, context=S, n_layer=L, n_head=4, d_mode
 TOKENS = np.random.default_rng(0).integers(0, V, (20, B, S + 1)).astype(np.uint16)
 
 
-def program(sizes: tuple[int, ...], optimizer: str = "muon_nsgd", microbatches: int = 1) -> Program:
-    model = models.build(SECTION)
+def program(
+    sizes: tuple[int, ...], optimizer: str = "muon_nsgd", microbatches: int = 1, dtype: str = "float32"
+) -> Program:
+    model = models.build(SECTION | dict(dtype=dtype))
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices())
     made = optimizers.build({"name": optimizer}, model.rules)
     return Program(
@@ -70,6 +72,14 @@ def test_losses_are_those_of_one_device(sizes: tuple[int, ...], optimizer: str, 
     assert on_one == expected  # what is promised is what lies there,
     whole = sum(x.nbytes for x in jax.tree.leaves(p.state)) // p.lanes
     assert on_one < 1.3 * whole / math.prod(sizes[2:])  # and but for biases nothing is copied along fsdp and tensor
+
+
+@pytest.mark.slow
+def test_bfloat16_on_a_mesh_is_bfloat16_on_one_device(alone: dict[str, np.ndarray]) -> None:
+    one, many = (losses(program(sizes, dtype="bfloat16"))[0] for sizes in ((1, 1, 1, 1), (1, 2, 2, 2)))
+    rounding = np.abs(one - alone["muon_nsgd"]).max()  # of bfloat16 itself
+    assert 1e-5 < rounding < 0.02
+    assert np.abs(many - one).max() < 2 * rounding
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), pytest.param((1, 2, 2, 1), marks=slow)])
