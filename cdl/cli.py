@@ -5,6 +5,7 @@ to stop (SIGTERM).
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -74,18 +75,18 @@ class _Parser(argparse.ArgumentParser):
 
 def _whole_number(text: str) -> int:
     """100000 or 1e5."""
-    number = float(text)
-    if not number.is_integer():
-        raise ValueError(text)
-    return int(number)
+    with contextlib.suppress(ValueError, OverflowError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number, such as 1000 or 1e5")
 
 
 def _profiled(text: str) -> int:
     """Steps of ``--profile=STEPS``; -1 of ``--profile``."""
-    number = _whole_number(text) if text else -1
-    if text and number < 1:
-        raise ValueError(text)
-    return number
+    steps = _whole_number(text) if text else -1
+    if text and steps < 1:
+        raise argparse.ArgumentTypeError(f"{text} steps cannot be traced; give at least 1")
+    return steps
 
 
 def _later(module: str, verb: str) -> Callable[[argparse.Namespace], None]:

@@ -7,15 +7,17 @@ is then faster than over [B, S, D].
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import primitives
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cdl.errors import UserError, unknown
-from cdl.sharding import BATCH, ShardingRule, constrain
+from cdl.sharding import BATCH, ShardingRule, constrain, make_mesh
 
 __all__ = ["REMAT", "SHARDING", "Block", "Stack", "check_sizes", "dtype_of"]
 
@@ -217,10 +219,30 @@ def _implementation(wanted: str, dtype: Any, length: int, head: int, causal: boo
         return wanted if wanted != "blocks" or causal else "xla"
     if jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
         return "xla"
-    x = jax.ShapeDtypeStruct((1, length, 1, head), dtype)
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
-    try:
-        jax.jit(jax.grad(lambda x: attend(x, x, x).astype(jnp.float32).sum())).lower(x).compile()
-    except Exception:  # whatever it is, the plain one works
+    if why := _does_not_compile("cudnn", dtype, length, head, causal):
+        warnings.warn(f"cuDNN has no attention for this model here, XLA's is used ({why})", stacklevel=2)
         return "xla"
     return "cudnn"
+
+
+def _does_not_compile(implementation: Any, dtype: Any, length: int, head: int, causal: bool) -> str:
+    """Why an attention does not compile, forward and backward, as `cdl.train.step` has it on the devices of this
+    process; "" if it does."""
+    devices = jax.local_devices()
+    mesh = make_mesh(dict(run=1, data=len(devices), fsdp=1, tensor=1), devices)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((len(devices), length, 1, head), dtype, sharding=rows)
+
+    def total(x: jax.Array) -> jax.Array:
+        x = constrain(x, BATCH)
+        return jax.nn.dot_product_attention(x, x, x, is_causal=causal, implementation=implementation).sum()
+
+    everywhere = PartitionSpec()
+    trial = jax.shard_map(
+        jax.grad(total), mesh=mesh, in_specs=everywhere, out_specs=everywhere, axis_names={"run"}, check_vma=False
+    )
+    try:
+        jax.jit(trial).lower(x).compile()
+    except Exception as error:  # whatever it is, the plain one works
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""

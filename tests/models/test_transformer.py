@@ -13,7 +13,7 @@ from cdl.compute import Compute
 from cdl.errors import UserError
 from cdl.models import build
 from cdl.models.resnet import DEPTHS
-from cdl.models.transformer import REMAT, Stack, _causal_in_blocks
+from cdl.models.transformer import REMAT, Stack, _causal_in_blocks, _does_not_compile
 from tests.models.programs import compiled, products
 
 SECTIONS = {
@@ -122,6 +122,12 @@ def test_bad_compute_sections_are_named(compute: Compute, said: str) -> None:
     with pytest.raises(UserError) as e:
         jax.eval_shape(loss)
     assert said in str(e.value)
+
+
+def test_a_trial_of_attention_on_the_mesh_says_why_it_fails() -> None:
+    """What cuDNN takes is asked so. The plain one compiles everywhere, and cuDNN's on no CPU."""
+    assert _does_not_compile("xla", jnp.bfloat16, 16, 8, True) == ""
+    assert "cudnn" in _does_not_compile("cudnn", jnp.bfloat16, 16, 8, True).lower()
 
 
 @pytest.mark.parametrize(("S", "blocks"), [(12, 1), (250, 1), (256, 2), (384, 3), (512, 4)])
