@@ -134,6 +134,7 @@ class Store:
     def release(self, point: "Point") -> None:
         """Let others have a point that was begun."""
         if lock := self._locks.pop(point.id, None):
+            Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
     def write(self, point: "Point", curve: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> None:

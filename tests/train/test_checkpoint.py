@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cdl.errors import UserError
 from cdl.train import checkpoint
-from cdl.train.checkpoint import Checkpoints, Restored, checksum
+from cdl.train.checkpoint import Checkpoints, Restored
 
 ABOUT = {"id": "a1b2", "model": {"n_layer": 2, "sizes": [8, 16]}, "n_params": 120}
 
@@ -207,44 +207,6 @@ def test_orbax_is_silent_and_imported_late(two_steps: Path, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
     code = "import cdl.train.checkpoint, sys; print('orbax' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The checksum
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint8", "int32", "bool"])
-def test_checksum_is_the_same_for_every_sharding_and_sees_every_bit_and_place(dtype: str) -> None:
-    rng = np.random.default_rng(0)
-    size = jnp.dtype(dtype).itemsize
-    raw = rng.integers(0, 2 if dtype == "bool" else 256, 16 * 24 * size, np.uint8)
-
-    def array() -> np.ndarray:
-        return raw.view(jnp.dtype(dtype)).reshape(16, 24).copy()
-
-    total = int(checksum(array()))
-    for where in (place(1), place(2, "a"), place(8, "a", "b"), place(8, "b", "a"), place(8, None, ("b", "a"))):
-        assert int(checksum(jax.device_put(array(), where))) == total
-    assert int(checksum(array()[::-1].copy())) != total
-    assert int(checksum(np.roll(array(), 1))) != total
-    for _ in range(20):
-        raw[rng.integers(raw.size)] ^= np.uint8(1 if dtype == "bool" else 1 << rng.integers(8))
-        before, total = total, int(checksum(array()))
-        assert total != before
-
-
-def test_checksum_sees_words_of_few_bits_trade_places() -> None:
-    x = np.zeros(512, np.float32)
-    x[3] = 1.0
-    totals = {int(checksum(np.roll(x, shift))) for shift in range(512)}
-    assert len(totals) == 512
-
-
-def test_checksum_of_a_sharded_array_gathers_nothing() -> None:
-    program = checksum.lower(jax.ShapeDtypeStruct((16, 24), np.float32, sharding=place(8, "a", "b"))).compile()
-    text = program.as_text() or ""
-    assert "all-reduce" in text
-    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
