@@ -3,6 +3,7 @@
 import argparse
 import functools
 import hashlib
+import json
 import math
 import os
 import platform
@@ -37,7 +38,7 @@ from cdl.sweep.grid import Point
 from cdl.sweep.layout import layout, shape_on, use_cpu_cores
 from cdl.sweep.run import parts_of, points_of, run_points
 from cdl.sweep.store import Store
-from cdl.train.distributed import check_shared, in_first_process, join_processes
+from cdl.train.distributed import check_same, check_shared, in_every_process, in_first_process, join_processes
 from cdl.train.flops import step_flops
 from cdl.train.loop import Stopped
 from cdl.train.memory import activation_bytes, step_bytes
@@ -49,16 +50,7 @@ __all__ = ["sweep", "train"]
 def sweep(arguments: argparse.Namespace) -> None:
     """`cdl sweep`."""
     _start_devices(arguments)
-    config, grid = configs.load(arguments.config)
-    if grid is None:
-        raise UserError(f"--config={arguments.config!r} has no sweep(); use cdl train, or add one as configs/demo.py")
-    if arguments.check and jax.process_count() > 1:
-        raise UserError("--check is for one process; train the predicted horizon with cdl train instead")
-    changes = configs.parse_assignments(arguments.changes)
-    for field in changes:
-        if any(field in c for c in grid):
-            raise UserError(f"{field} is an axis of the sweep; change sweep() in {arguments.config}, or use cdl train")
-    points = points_of(config, [changes | c for c in grid])
+    points = in_every_process(lambda: _grid(arguments))
     store = _train(arguments, Path(arguments.out), points, arguments.lanes)
     if jax.process_index() > 0:
         return
@@ -77,19 +69,31 @@ def sweep(arguments: argparse.Namespace) -> None:
     show_report(*write_report(store.root))
 
 
+def _grid(arguments: argparse.Namespace) -> list[Point]:
+    config, grid = configs.load(arguments.config)
+    if grid is None:
+        raise UserError(f"--config={arguments.config!r} has no sweep(); use cdl train, or add one as configs/demo.py")
+    if arguments.check and jax.process_count() > 1:
+        raise UserError("--check is for one process; train the predicted horizon with cdl train instead")
+    changes = configs.parse_assignments(arguments.changes)
+    for field in changes:
+        if any(field in c for c in grid):
+            raise UserError(f"{field} is an axis of the sweep; change sweep() in {arguments.config}, or use cdl train")
+    return points_of(config, [changes | c for c in grid])
+
+
 def train(arguments: argparse.Namespace) -> None:
     """`cdl train`."""
     _start_devices(arguments)
-    config, _ = configs.load(arguments.config)
-    changes = configs.parse_assignments(arguments.changes)
     if arguments.devices is not None and not arguments.dry_run:
         raise UserError(f"--devices={arguments.devices} is for --dry-run; for a run set mesh.data, mesh.fsdp and so on")
+    config, changes = configs.load(arguments.config)[0], configs.parse_assignments(arguments.changes)
     if arguments.dry_run:
         said = _dry_run(configs.change(config, changes), arguments.devices)
         if jax.process_index() == 0:
             print("\n".join(f"{name:<12}{text}" for name, text in said.items()))
         return
-    points = points_of(config, [changes])
+    points = in_every_process(lambda: points_of(config, [changes]))
     id = points[0].id
     out = Path(arguments.out) if arguments.out else Path("runs") / f"train-{id}"
     store = _train(arguments, out, points, 1, keep=True)
@@ -209,6 +213,7 @@ def _train(
     arguments: argparse.Namespace, root: Path, points: Sequence[Point], lanes: int | None, keep: bool = False
 ) -> Store:
     """Train what the folder lacks of these points."""
+    check_same(json.dumps([[p.id, p.flat] for p in points] + [root.name, lanes, keep]))
     for point in points:
         layout(point.config, len(points), lanes)
     store, console = Store(root), _console()
@@ -232,7 +237,8 @@ def _train(
             run_points(points, store, listeners, lanes, keep=keep, stop=lambda: bool(caught))
     except (Stopped, KeyboardInterrupt) as e:
         kept = len({p.id for p in points} & store.ids())
-        begun = " and those under way are saved" if isinstance(e, Stopped) else ""
+        saved = any(any(store.checkpoints(p).glob("step_*")) for p in points)
+        begun = " and those under way are saved" if isinstance(e, Stopped) and saved else ""
         error = Terminated if signal.SIGTERM in caught else KeyboardInterrupt
         raise error(f"{kept} of {len(points)} runs are kept{begun}; the same command goes on from there") from None
     return store

@@ -198,6 +198,9 @@ class Metrics:
         if point.id in self._runs:
             self._runs.pop(point.id).close(done=True)
 
+    def finished_elsewhere(self, point: Point) -> None:
+        del self._points[point.id]
+
     def _opened(self, open: OpenWriter, point: Point, first: int) -> ScalarWriter | None:
         try:
             return open(point, first, about(point))
@@ -316,6 +319,9 @@ class Profile:
             jax.profiler.start_trace(self._folder)
 
     def finished(self, point: Point, result: Mapping[str, Any]) -> None:
+        pass
+
+    def finished_elsewhere(self, point: Point) -> None:
         pass
 
     def _stop(self) -> None:

@@ -114,6 +114,10 @@ class TerminalProgress:
         )
         self._refresh()
 
+    def finished_elsewhere(self, point: Point) -> None:
+        self._finished += 1
+        self._work -= point.config.T * self._costs[point.id].flops
+
     def _take_up(self, lane: LaneStatus) -> None:
         """A run begins, or goes on from a checkpoint: what was done before it counts for the share, not the speed."""
         id, first = lane.run.id, lane.first

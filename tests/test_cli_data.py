@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from cdl.cli_data import data
 from cdl.data.text import read_corpus
+from cdl.data.tokenize import write_token_files
 from cdl.errors import UserError
 
 
@@ -82,7 +84,7 @@ def test_a_killed_command_leaves_no_folder_and_no_process(tmp_path: Path, how: s
     with (tmp_path / "stderr").open("wb") as stderr:
         command = subprocess.Popen([sys.executable, str(script)], stderr=stderr, start_new_session=True)
     workers: list[Path] = []
-    while len(workers) < 2 or not list(tmp_path.glob(".out-*.partial/train.bin")):
+    while len(workers) < 2 or not list(tmp_path.glob(".out.partial/train.bin")):
         assert command.poll() is None
         time.sleep(0.05)
         workers = list(tmp_path.glob("*.worker"))
@@ -95,11 +97,31 @@ def test_a_killed_command_leaves_no_folder_and_no_process(tmp_path: Path, how: s
     error = (tmp_path / "stderr").read_text()
     assert error.count("Traceback") == (how == signal.SIGINT)  # `cdl` makes one line of it; workers are silent
     if how == signal.SIGINT:
-        assert not list(tmp_path.glob(".out-*"))
+        assert not list(tmp_path.glob(".out*"))
     ends = time.monotonic() + 60
     while any(_alive(int(worker.stem)) for worker in workers):
         assert time.monotonic() < ends, "a worker outlives its command"
         time.sleep(0.05)
+    write_token_files([str(tmp_path / "lines.jsonl")], tmp_path / "out", val=0.1, workers=1)
+    assert not list(tmp_path.glob(".out*"))  # nor what the killed one had to leave
+
+
+def test_tokens_that_lose_their_name_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(9):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i} of nine")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="was made meanwhile; the tokens are in ") as e:
+        write_token_files([str(tmp_path / "text")], out, val=0.4, workers=1, watch=lambda _: out.mkdir(exist_ok=True))
+    kept = Path(str(e.value).partition("tokens are in ")[2].partition(",")[0])
+    assert (kept / "train.bin").stat().st_size > 0
+    assert not list(out.iterdir())
+
+
+def test_one_command_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words " * 100)
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(UserError, match="another cdl data writes it"):
+        write_token_files([str(tmp_path / "a.txt")], tmp_path / "out", val=0.1, workers=1)
 
 
 def _alive(pid: int) -> bool:

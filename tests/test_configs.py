@@ -228,6 +228,10 @@ def test_dry_run_says_what_a_run_takes_and_leaves_nothing(
         (["--devices=7"], "data.batch_size=64 must be a multiple of mesh.data=1 x mesh.fsdp=7"),
         (["model.d_model=100"], "model.d_model=100 must be a multiple of model.n_head=32"),
         (["T=1"], "no positive rate at T=1"),
+        (["data.seq_len=2048"], "data.seq_len=2048 exceeds model.context=1024"),
+        (["data.batch_size=0"], "data.batch_size=0 must be at least 1"),
+        (["data.heldout=3"], "data.heldout=3.0 must be a share"),
+        (["init=nowhere"], "init='nowhere' does not exist"),
     ]:
         assert main([*command, *wrong]) == 2
         assert why in capsys.readouterr().err

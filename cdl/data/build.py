@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -14,9 +13,7 @@ from ml_collections import ConfigDict
 from cdl.data import images, text
 from cdl.errors import UserError, unknown
 
-_POSITIVE = {"mean": "", "std": ", above 0"}
-
-__all__ = ["DATA", "Dataset", "build", "data_arguments", "fingerprint"]
+__all__ = ["DATA", "Dataset", "build", "check_section", "data_arguments", "fingerprint"]
 
 # name: the defaults of a `data` section with this name.
 DATA: dict[str, Callable[[], dict[str, Any]]] = {"text": text.data_arguments, "images": images.data_arguments}
@@ -62,6 +59,20 @@ def data_arguments(name: str) -> dict[str, Any]:
     if name not in DATA:
         raise unknown("kind of data", name, DATA)
     return DATA[name]()
+
+
+def check_section(section: ConfigDict, model: Mapping[str, Any]) -> None:
+    """All that can be wrong with a `data` section, for a `model` section, whatever lies under its path.
+
+    Raises:
+      UserError: says what.
+    """
+    if section.name != "text":
+        images.check_section(section)
+        return
+    text.check_section(section)
+    if section.seq_len > model["context"]:
+        raise UserError(f"data.seq_len={section.seq_len} exceeds model.context={model['context']}; raise the latter")
 
 
 def fingerprint(section: ConfigDict) -> str:
@@ -114,10 +125,6 @@ def _text(section: ConfigDict) -> Dataset:
     def check(model: Mapping[str, Any]) -> None:
         text.batches(corpus, section, 0)
         text.heldout_batches(corpus, section, 1)
-        if section.seq_len > model["context"]:
-            raise UserError(
-                f"data.seq_len={section.seq_len} exceeds model.context={model['context']}; raise the latter"
-            )
         most = _largest_token(section.path, section.heldout)  # one beyond the vocabulary would read as NaN
         if most >= model["vocab_size"]:
             raise UserError(
@@ -159,10 +166,6 @@ def _images(section: ConfigDict) -> Dataset:
         return batch | dict(image=images.standardise(batch["image"], section.mean, section.std))
 
     def check(model: Mapping[str, Any]) -> None:
-        for name, values in (("mean", section.mean), ("std", section.std)):
-            numbers = [isinstance(x, int | float) and math.isfinite(x) and (x > 0 or name == "mean") for x in values]
-            if numbers != [True] * 3:
-                raise UserError(f"data.{name}={tuple(values)} must be three numbers, one a channel{_POSITIVE[name]}")
         images.batches(source, section, 0)
         images.heldout_batches(source, section, 1)
         size = images.image_size(source, section)

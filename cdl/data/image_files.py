@@ -26,7 +26,7 @@ import numpy as np
 from cdl.data.image_arrays import CIFAR, cifar, digits, idx
 from cdl.data.image_shards import PROBES, array_record, parquet, write_array_records
 from cdl.data.image_sources import HELDOUT_NAMES, Images, Parts, Source, fixed_order, subset
-from cdl.errors import UserError
+from cdl.errors import UserError, check_share
 
 __all__ = ["Images", "read_images", "write_array_records"]
 
@@ -39,8 +39,7 @@ def read_images(path: str, heldout: float) -> Images:
     Raises:
       UserError: nothing there, no images, files that are not what they should be, or labels that do not fit.
     """
-    if not 0 < heldout < 1:
-        raise UserError(f"data.heldout={heldout!r} must be a share in (0, 1)")
+    check_share("data.heldout", heldout)
     parts = digits() if path == "digits" else _read_folder(path)
     n = len(parts.train)
     if parts.heldout is None:
@@ -81,7 +80,11 @@ class _Files(Source):
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         file = self._root / os.fsdecode(bytes(self._name_N[index]))
-        return dict(image=file.read_bytes(), label=int(self._label_N[index]))
+        try:
+            image = file.read_bytes()
+        except OSError:
+            image = b""  # no image, as others that cannot be decoded
+        return dict(image=image, label=int(self._label_N[index]))
 
     def __repr__(self) -> str:
         return f"_Files(root={str(self._root)!r}, n={len(self)})"

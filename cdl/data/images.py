@@ -9,6 +9,7 @@ An image that cannot be decoded is replaced by the next one that can, in the ord
 """
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +25,12 @@ from ml_collections import ConfigDict
 from cdl.data import augment
 from cdl.data.image_files import Images, read_images
 from cdl.data.image_sources import Arrays
-from cdl.errors import UserError
+from cdl.errors import UserError, check_share
 
 __all__ = [
     "Images",
     "batches",
+    "check_section",
     "check_undecodable",
     "data_arguments",
     "heldout_batches",
@@ -38,6 +40,7 @@ __all__ = [
     "standardise",
 ]
 
+_POSITIVE = {"mean": "", "std": ", above 0"}
 _TRIES = 100  # undecodable images in a row
 _MOST_UNDECODABLE, _SEEN = 0.01, 500
 
@@ -58,6 +61,25 @@ def data_arguments() -> dict[str, Any]:
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     )
+
+
+def check_section(section: ConfigDict) -> None:
+    """All that can be wrong with a `data` section whatever its images.
+
+    Raises:
+      UserError: a size, share, augmentation, mean or deviation that cannot be.
+    """
+    B, S = section.batch_size, section.image_size
+    if B < 1:
+        raise UserError(f"data.batch_size={B} must be at least 1")
+    if S < 0 or not isinstance(S, int):
+        raise UserError(f"data.image_size={S!r} must be a number of pixels, or 0 for the size that the images have")
+    check_share("data.heldout", section.heldout)
+    augment.augmentation(section.augment)
+    for name, values in (("mean", section.mean), ("std", section.std)):
+        numbers = [isinstance(x, int | float) and math.isfinite(x) and (x > 0 or name == "mean") for x in values]
+        if numbers != [True] * 3:
+            raise UserError(f"data.{name}={tuple(values)} must be three numbers, one a channel{_POSITIVE[name]}")
 
 
 def batches(images: Images, section: ConfigDict, seed: int, part: tuple[int, int] = (0, 1)) -> grain.MapDataset:
@@ -137,13 +159,11 @@ def image_size(images: Images, section: ConfigDict) -> int:
     """S, the side of the square images of a batch: `data.image_size`, or where it is 0 the size that they have.
 
     Raises:
-      UserError: it is negative; or 0, and the images (16 of them are looked at) are not square and of one size.
+      UserError: it cannot be; or it is 0, and the images (16 of them are looked at) are not square and of one size.
     """
-    S = section.image_size
-    if S < 0 or not isinstance(S, int):
-        raise UserError(f"data.image_size={S!r} must be a number of pixels, or 0 for the size that the images have")
-    if S > 0:
-        return S
+    check_section(section)
+    if section.image_size > 0:
+        return section.image_size
     probes = np.unique(np.linspace(0, len(images.train) - 1, 16).astype(np.int64))
     sizes = sorted({size for i in probes if (size := _size_of(images.train[int(i)]["image"]))})
     if len(sizes) == 1 and sizes[0][0] == sizes[0][1]:
@@ -223,9 +243,8 @@ def _cores() -> int:
 
 
 def _batch_size(source: grain.sources.RandomAccessDataSource, section: ConfigDict, what: str) -> int:
+    check_section(section)
     B, n = section.batch_size, len(source)
-    if B < 1:
-        raise UserError(f"data.batch_size={B} must be at least 1")
     if n < B:
         raise UserError(
             f"data.path={section.path!r} has {n} images for {what}, one batch needs {B}; give more images, a smaller "

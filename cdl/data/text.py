@@ -24,9 +24,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cdl.data.token_files import FILES, fingerprint, map_tokens
-from cdl.errors import UserError
+from cdl.errors import UserError, check_share
 
-__all__ = ["Corpus", "batches", "data_arguments", "heldout_batches", "largest_token", "read_corpus"]
+__all__ = [
+    "Corpus",
+    "batches",
+    "check_section",
+    "data_arguments",
+    "heldout_batches",
+    "largest_token",
+    "read_corpus",
+]
 
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 _OF_THIS_MACHINE = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
@@ -49,14 +57,25 @@ def data_arguments() -> dict[str, Any]:
     return dict(path="stdlib", batch_size=16, seq_len=64, heldout=0.05)
 
 
+def check_section(section: ConfigDict) -> None:
+    """All that can be wrong with a `data` section whatever its text.
+
+    Raises:
+      UserError: sizes that are not positive, or a share that is none.
+    """
+    for name in ("batch_size", "seq_len"):
+        if section[name] < 1:
+            raise UserError(f"data.{name}={section[name]} must be at least 1")
+    check_share("data.heldout", section.heldout)
+
+
 def read_corpus(path: str, heldout: float) -> Corpus:
     """Read or map the tokens behind `data.path`.
 
     Raises:
       UserError: nothing there, not a token file, or no text in it.
     """
-    if not 0 < heldout < 1:
-        raise UserError(f"data.heldout={heldout!r} must be a share in (0, 1)")
+    check_share("data.heldout", heldout)
     if path == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return _split(_join(root, _source_files(root)), heldout)
@@ -90,9 +109,9 @@ def batches(corpus: Corpus, section: ConfigDict, seed: int, part: tuple[int, int
     Raises:
       UserError: the stream is too short for one batch, or P processes cannot share B sequences.
     """
-    B, S = section.batch_size, section.seq_len
     p, P = part
     windows = _windows("training", corpus.train, section)
+    B, S = section.batch_size, section.seq_len
     if B % P:
         raise UserError(f"data.batch_size={B} cannot be shared by {P} processes; use a multiple of {P}")
     rows = grain.MapDataset.source(_Windows(corpus.train, windows, S)).seed(seed).shuffle().repeat()
@@ -142,10 +161,8 @@ class _Windows(grain.sources.RandomAccessDataSource):
 
 
 def _windows(what: str, tokens: np.ndarray, section: ConfigDict) -> int:
+    check_section(section)
     B, S = section.batch_size, section.seq_len
-    for name, value in (("batch_size", B), ("seq_len", S)):
-        if value < 1:
-            raise UserError(f"data.{name}={value} must be at least 1")
     windows = (len(tokens) - 1) // S
     if windows < B:
         raise UserError(

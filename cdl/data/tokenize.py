@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import secrets
 import shutil
 import signal
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from cdl.data.documents import Documents
 from cdl.data.token_files import DESCRIPTION, DTYPES, FILES, fingerprint
@@ -127,23 +127,37 @@ def write_token_files(
 
 @contextmanager
 def _new_folder(out: Path) -> Generator[Path]:
-    """A folder under a temporary name beside `out`, renamed at the end, removed where something fails."""
+    """A folder under a temporary name beside `out`, renamed at the end, removed where something fails; for one process
+    at a time."""
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}-{secrets.token_hex(4)}.partial"
-    folder.mkdir()
+    folder = out.parent / f".{out.name}.partial"
+    lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
     try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"--out={out}: another cdl data writes it; wait, or choose another --out") from None
+    kept = False
+    try:
+        if folder.is_dir():
+            shutil.rmtree(folder)  # of one that was killed
+        folder.mkdir()
         yield folder
         for file in folder.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
+        if kept := os.path.lexists(out):
+            raise UserError(f"--out={out} was made meanwhile; the tokens are in {folder}, move that where you like")
         folder.rename(out)
     except OSError as e:
         if e.filename:
             raise
         raise UserError(f"--out={out} cannot be written ({e.strerror or e}); nothing is kept, make room there") from e
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _chunks(documents: Documents, split: "_Split") -> Iterator[_Chunk]:
@@ -260,7 +274,7 @@ class _Split:
         if all(of_file["documents"] for of_file in counts.values()):
             return counts
         if self._least == self._most:
-            raise UserError(f"all {n} documents are the same, so none can be held out; give others")
+            raise UserError(f"all {n} documents begin alike, so none can be held out by its beginning; give others")
         which = "all" if counts["val"]["documents"] else "none"
         least, most = math.ceil(self._least * 1e6) / 1e6, math.floor(self._most * 1e6) / 1e6
         raise UserError(f"--val={self._val} holds out {which} of {n} documents; choose a share from {least} to {most}")

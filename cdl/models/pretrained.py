@@ -165,6 +165,8 @@ def _locate(path: Path, name: str) -> dict[str, _Place]:
     files = [path]
     if path.suffix == ".json":
         index = _json(path).get("weight_map", {})
+        if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+            raise UserError(f"{path} maps no tensors to files; give a folder as save_pretrained writes it")
         files = [path.parent / file for file in sorted(set(index.values()))]
     found = {}
     for file in files:
@@ -197,6 +199,9 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}; give a folder as save_pretrained writes it") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; give a folder as save_pretrained writes it")
+    return content

@@ -6,12 +6,12 @@ With several processes (`jax.distributed`) all of them run every point together,
 import functools
 import math
 import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from cdl.compute import Compute
 from cdl.data import build as data
-from cdl.errors import UserError
+from cdl.errors import UserError, say
 from cdl.models import build as models
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
@@ -30,7 +30,7 @@ from cdl.sweep.grid import Point, expand
 from cdl.sweep.layout import Layout, layout
 from cdl.sweep.store import Claim, Store
 from cdl.train.checkpoint import Checkpoints
-from cdl.train.distributed import in_first_process, on_all_processes, over_processes
+from cdl.train.distributed import in_every_process, in_first_process, on_all_processes, over_processes
 from cdl.train.flops import StepCost, mfu, peak_flops, step_flops
 from cdl.train.loop import LaneStatus, Outcome, Run, Saving, Stopped, train
 from cdl.train.step import Program
@@ -63,6 +63,10 @@ class Listener(Protocol):
 
     def finished(self, point: Point, result: Mapping[str, Any]) -> None:
         """A point was published."""
+        ...
+
+    def finished_elsewhere(self, point: Point) -> None:
+        """Another process has published a point that was to run."""
         ...
 
 
@@ -126,8 +130,20 @@ def run_points(
     by_point = {p.id: costs[key] for key, group in groups.items() for p in group}
     for listener in listeners:
         listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
-    for key, group in groups.items():
-        _run_group(group, store, layouts[key], costs[key], listeners, keep, stop)
+    waits = False
+    while groups:
+        taken = {
+            key: _run_group(group, store, layouts[key], costs[key], listeners, keep, stop)
+            for key, group in groups.items()
+        }
+        groups = {key: group for key, group in taken.items() if group}
+        if groups:
+            if not waits and jax.process_index() == 0:
+                say(f"another process trains {sum(map(len, groups.values()))} of the runs; waiting for it")
+            waits = True
+            time.sleep(_WAIT_SECONDS)
+            if not on_all_processes(not stop()):
+                raise Stopped
 
 
 def _run_group(
@@ -138,13 +154,57 @@ def _run_group(
     listeners: Sequence[Listener],
     keep: bool,
     stop: Callable[[], bool],
+) -> list[Point]:
+    """Train points of one program; returns those that another process trains."""
+    taken: list[Point] = []
+
+    def claimed(point: Point) -> bool:
+        claim = Claim(in_first_process(functools.partial(store.begin, point, environment())))
+        if claim is Claim.TAKEN:
+            taken.append(point)
+        if claim is Claim.FINISHED:
+            for listener in listeners:
+                listener.finished_elsewhere(point)
+        return claim is Claim.MINE
+
+    mine, rest = [], list(group)
+    while rest and len(mine) < where.at_once:  # before memory and time go into a program for nothing
+        point = rest.pop(0)
+        mine += [point] if claimed(point) else []
+    if mine:
+        try:
+            _train_group([*mine, *rest], {p.id for p in mine}, claimed, store, where, cost, listeners, keep, stop)
+        finally:
+            for point in group:
+                store.release(point)
+    return taken
+
+
+def _train_group(
+    group: Sequence[Point],
+    mine: set[str],
+    claimed: Callable[[Point], bool],
+    store: Store,
+    where: Layout,
+    cost: StepCost,
+    listeners: Sequence[Listener],
+    keep: bool,
+    stop: Callable[[], bool],
 ) -> None:
-    """Train points of one program."""
+    """Train points of one program, but for those that are not `mine` and cannot be `claimed` when it is their turn."""
     program = program_for(group[0], where)
     by_id = {p.id: p for p in group}
     opened: dict[str, Checkpoints] = {}  # of the runs under way
     replaced = _Replaced()
     unwritten: list[UserError] = []
+
+    def open(run: Run) -> Checkpoints | None:
+        point = by_id[run.id]
+        if run.id not in mine and not claimed(point):
+            return None
+        about = point.identity
+        opened[run.id] = Checkpoints(store.checkpoints(point), about, keep=point.config.checkpoint.keep)
+        return opened[run.id]
 
     def on_block(lanes: list[LaneStatus]) -> None:
         for listener in listeners:
@@ -181,56 +241,30 @@ def _run_group(
         for listener in listeners:
             listener.finished(point, result)
 
-    _compile(program, group[0])
-    todo, waits = list(group), False
+    c = group[0].config
+    batches = data.build(c.data).batches(c.seed, 0, part=program.part)
+    program.compile(in_every_process(lambda: next(batches)))
+    outcomes = train(
+        program,
+        (_run_of(p, program, replaced) for p in group),
+        on_block,
+        at_once=where.at_once,
+        saving=Saving(open, c.checkpoint.seconds, c.checkpoint.steps, keep),
+        stop=lambda: bool(unwritten) or stop(),
+    )
     try:
-        while todo:
-            taken: list[Point] = []
-            outcomes = train(
-                program,
-                (_run_of(p, program, replaced) for p in todo),
-                on_block,
-                at_once=where.at_once,
-                saving=_saving(store, by_id, opened, taken, keep),
-                stop=lambda: bool(unwritten) or stop(),
-            )
-            for outcome in outcomes:
-                finish(outcome)
-            if unwritten:
-                raise unwritten[0]
-            todo = taken
-            if todo:
-                if not waits and jax.process_index() == 0:
-                    _say(f"another process trains {len(todo)} of the runs; waiting for it")
-                waits = True
-                time.sleep(_WAIT_SECONDS)
-                if not on_all_processes(not stop()):
-                    raise Stopped
+        for outcome in outcomes:
+            finish(outcome)
     except Stopped:
-        if unwritten:
-            raise unwritten[0] from None
-        raise
+        if not unwritten:
+            raise
     except Exception:
         if jax.process_count() == 1:  # of several, this may be the only one that got here
             for checkpoints in opened.values():
                 checkpoints.close()
         raise
-    finally:
-        for id in opened:
-            store.release(by_id[id])
-
-
-def _compile(program: Program, point: Point) -> None:
-    """With the first batch, whose trouble would else leave other processes waiting."""
-    c = point.config
-    batch, error = None, None
-    try:
-        batch = next(data.build(c.data).batches(c.seed, 0, part=program.part))
-    except Exception as e:
-        error = e
-    if not on_all_processes(error is None):
-        raise error or UserError("another process could not read its data; its message says why")
-    program.compile(batch)
+    if unwritten:
+        raise unwritten[0]
 
 
 class _Replaced:
@@ -241,15 +275,11 @@ class _Replaced:
 
     def add(self, point: Point, images: int) -> None:
         if not self.of:
-            _say(
+            say(
                 f"images of data.path={point.config.data.path!r} cannot be decoded and are replaced by the next ones; "
                 f"result.json will say how many, and more than 1% end the run"
             )
         self.of[point.id] += images
-
-
-def _say(line: str) -> None:
-    print(f"cdl: {line}", file=sys.stderr, flush=True)
 
 
 def program_for(point: Point, where: Layout) -> Program:
@@ -292,25 +322,6 @@ def _cost(c: ConfigDict, where: Layout) -> StepCost:
     return StepCost(dataset.unit, dataset.per_batch, step_flops(model, batch), peak and peak * devices)
 
 
-def _saving(
-    store: Store, points: Mapping[str, Point], opened: dict[str, Checkpoints], taken: list[Point], keep: bool
-) -> Saving:
-    """Those that another process trains go to `taken`."""
-    how = next(iter(points.values())).config.checkpoint
-
-    def open(run: Run) -> Checkpoints | None:
-        point = points[run.id]
-        claim = Claim(in_first_process(functools.partial(store.begin, point, environment())))
-        if claim is Claim.TAKEN:
-            taken.append(point)
-        if claim is not Claim.MINE:
-            return None
-        opened[run.id] = Checkpoints(store.checkpoints(point), point.identity, keep=how.keep)
-        return opened[run.id]
-
-    return Saving(open, how.seconds, how.steps, keep)
-
-
 def _parts(point: Point) -> tuple[models.Model, Any, data.Dataset]:
     """Model, optimizer and data of a point; raises UserError where they do not fit together."""
     model, optimizer = parts_of(point.config)
@@ -338,6 +349,9 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
     model = models.build(c.model.to_dict(), Compute(**c.compute.to_dict()))
     if model.data != c.data.name:
         raise UserError(f"model.name={c.model.name!r} takes data.name={model.data!r} and not {c.data.name!r}")
+    data.check_section(c.data, c.model.to_dict())
+    if c.init and not Path(c.init).expanduser().exists():
+        raise UserError(f"init={c.init!r} does not exist; give a file or folder of safetensors")
     if c.compute.microbatches > 1 and jax.tree.leaves(jax.eval_shape(model.init, 0)[1]):
         raise UserError(
             f"compute.microbatches={c.compute.microbatches}: model.name={c.model.name!r} normalises over the whole "

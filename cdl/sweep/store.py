@@ -11,12 +11,14 @@ The folder of a point is written under a temporary name and renamed, so a reader
 leaves at most a temporary folder that the next sweep removes. Tables are made by reading the folders.
 """
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -26,14 +28,17 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from cdl.errors import UserError
+from cdl.errors import UserError, say
 
 if TYPE_CHECKING:  # a reader of results needs no model
     from cdl.sweep.grid import Point
 
 __all__ = ["Claim", "Store", "sweep_table"]
 
+_RECORD = "sweep.json"
 _TEMPORARY = ".writing-"
+_LOCK_SECONDS = 30.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _STALE_SECONDS = 3600  # writing takes milliseconds; one this old belongs to nobody
 _FINGERPRINTS = {"data.fingerprint": "saw other text", "init.fingerprint": "started from other weights"}
 _FIRST = ["id", "status", "eta_ref", "T", "seed", "eta_peak", "loss", "train_loss", "seconds"]
@@ -62,8 +67,19 @@ class Store:
         Raises:
           UserError: the folder holds a sweep that differs in another field, or something that is no sweep.
         """
+        self._merged(points)  # says what is wrong before anything is made
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self._remove_leftovers()
+            merged = json.dumps(self._merged(points), indent=1)
+            record = self.root / _RECORD
+            if not record.is_file() or record.read_text() != merged:
+                _replace(record, merged)
+
+    def _merged(self, points: "Sequence[Point]") -> dict[str, Any]:
+        """What sweep.json has to say of these points and of those that are there."""
         fixed = _common(points)
-        record = self.root / "sweep.json"
+        record = self.root / _RECORD
         ids = {p.id for p in points}
         if record.is_file():
             old = _read_json(record, "this file")
@@ -85,13 +101,24 @@ class Store:
             raise UserError(f"--out={str(self.root)!r} is a file; choose a folder")
         elif self.root.is_dir() and any(not f.name.startswith(_TEMPORARY) for f in self.root.iterdir()):
             raise UserError(f"--out={str(self.root)!r} holds other files and no sweep; choose a new folder")
-        self.root.mkdir(parents=True, exist_ok=True)
+        return {"fixed": fixed, "points": sorted(ids)}
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process is in here for this folder, where the file system has locks."""
+        lock = FileLock(self.root / f"{_TEMPORARY}lock", timeout=_LOCK_SECONDS)
+        with contextlib.suppress(OSError):
+            lock.acquire()  # Timeout is an OSError too
+        try:
+            yield
+        finally:
+            _unlock(lock)
+
+    def _remove_leftovers(self) -> None:
         for left in self.root.glob(f"{_TEMPORARY}*"):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        text = json.dumps({"fixed": fixed, "points": sorted(ids)}, indent=1)
-        if not record.is_file() or record.read_text() != text:
-            _replace(record, text)
+            with contextlib.suppress(FileNotFoundError):  # it was not left, but is finished now
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def ids(self) -> set[str]:
         """Ids of the finished points, done or diverged."""
@@ -99,7 +126,7 @@ class Store:
 
     def expected(self) -> set[str]:
         """Ids of all points that sweeps into this folder were asked for."""
-        record = self.root / "sweep.json"
+        record = self.root / _RECORD
         return set(_read_json(record, "this file")["points"]) if record.is_file() else self.ids()
 
     def checkpoints(self, point: "Point") -> Path:
@@ -109,33 +136,39 @@ class Store:
     def begin(self, point: "Point", environment: Mapping[str, Any]) -> Claim:
         """Make a point this process's, until `release` or its end, and write down what runs, and on what.
 
-        Where that cannot be written the run is worth more, and may go on unrecorded.
+        Where that cannot be done the run is worth more, and may go on.
         """
         if self._finished(point):
             return Claim.FINISHED
         folder = self.checkpoints(point)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / "lock", timeout=0)
+        except OSError:
+            return Claim.MINE  # nothing can be written, as saving will say
+        lock = FileLock(folder / "lock", timeout=0)
+        try:
             lock.acquire()
-            self._locks[point.id] = lock
-            if self._finished(point):  # by another process, in these milliseconds
-                shutil.rmtree(folder)
-                self.release(point)
-                return Claim.FINISHED
-            said = _described(point) | dict(environment) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
-            _replace(folder / "run.json", json.dumps(said, indent=1))
         except Timeout:
             return Claim.TAKEN
-        except OSError:
-            pass
+        except OSError as e:
+            if e.errno not in _FULL:
+                say(f"{folder} cannot be locked ({e.strerror}); take care that no other command trains this run")
+            return Claim.MINE
+        self._locks[point.id] = lock
+        if self._finished(point):  # by another process, in these milliseconds
+            self.release(point)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # not if weights are kept in it
+            return Claim.FINISHED
+        said = _described(point) | dict(environment) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+        with contextlib.suppress(OSError):
+            _replace(folder / "run.json", json.dumps(said, indent=1))
         return Claim.MINE
 
     def release(self, point: "Point") -> None:
         """Let others have a point that was begun."""
         if lock := self._locks.pop(point.id, None):
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+            _unlock(lock)
 
     def write(self, point: "Point", curve: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> None:
         """Publish a finished point. One that is already there stays as it is.
@@ -210,6 +243,13 @@ def _common(points: "Sequence[Point]") -> dict[str, Any]:
         for k, v in first.items()
         if k not in ("eta_ref", "T", "seed") and all(p.identity.get(k) == v for p in points)
     }
+
+
+def _unlock(lock: FileLock) -> None:
+    if lock.is_locked:
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()
+    lock.release()
 
 
 def _described(point: "Point") -> dict[str, Any]:

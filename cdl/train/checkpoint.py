@@ -18,6 +18,7 @@ import logging
 import re
 import shutil
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cdl.errors import UserError
+from cdl.errors import UserError, say
 from cdl.train.checksum import checksums
 from cdl.train.distributed import on_all_processes
 
@@ -55,10 +56,6 @@ class _DamagedError(Exception):
     """A checkpoint that cannot be used, and why."""
 
 
-def _to_stderr(line: str) -> None:
-    print(f"cdl: {line}", file=sys.stderr, flush=True)
-
-
 class Checkpoints:
     """Checkpoints of one run in one folder, of which the newest few are kept.
 
@@ -72,9 +69,7 @@ class Checkpoints:
       UserError: the folder has a checkpoint of something else. Nothing in it is changed.
     """
 
-    def __init__(
-        self, folder: Path, about: Mapping[str, Any], *, keep: int = 2, say: Callable[[str], None] = _to_stderr
-    ):
+    def __init__(self, folder: Path, about: Mapping[str, Any], *, keep: int = 2, say: Callable[[str], None] = say):
         if keep < 1:
             raise UserError(f"keep={keep} checkpoints leaves none; keep at least 1")
         self._folder, self._keep, self._say = folder.absolute(), keep, say
@@ -401,9 +396,11 @@ def _orbax() -> Any:
     """Imported when needed, and what it tells its developers kept from the terminal: failures are said by `say`.
 
     Of many reads or writes at once Orbax raises the first that fails and closes their event loop; the others then
-    complain to the logger of asyncio and, from threads of C++, to `sys.unraisablehook`.
+    complain to the logger of asyncio, as warnings, and, from threads of C++, to `sys.unraisablehook`.
     """
     import orbax.checkpoint as ocp
+
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host.* was never awaited", RuntimeWarning)
 
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: not re.search("/orbax/|tensorstore", record.getMessage()))

@@ -191,6 +191,8 @@ def train(
 
     Raises:
       Stopped: `stop` said so. With `saving`, all runs that have begun are on disk.
+      Exception: what a run raised that could not begin, or whose batches could not be read; with `saving`, and in a
+        single process, all runs that have begun are on disk then, too.
     """
     waiting = deque(runs)
     lanes: list[_Live | None] = [None] * program.lanes
@@ -198,17 +200,25 @@ def train(
     pace = _Pace(program.block)
     saved_at = time.monotonic()
     while True:
-        outcomes = _refill(program, lanes, waiting, at_once or program.lanes, saving)
+        trouble: Exception | None = None
+        outcomes: list[Outcome] = []
         due: dict[int, _Live] = {}  # lane -> run to be saved now
-        if any(lanes):
+        try:
+            outcomes += _refill(program, lanes, waiting, at_once or program.lanes, saving)
+            batches = _read_batches(program, lanes, pace.steps(), saving, unread)
+        except Exception as error:
+            if saving is None or jax.process_count() > 1:  # the others do not know of it
+                raise
+            trouble, batches = error, None
+        if batches:
             wishes = [saving is not None and time.monotonic() - saved_at > saving.seconds, stop()]
-            unread.append(_dispatch(program, lanes, pace.steps(), saving, unread, wishes))
+            unread.append(_dispatch(program, lanes, batches, wishes))
             for i, live in enumerate(lanes):
                 if live and saving and saving.now(live.step, live.T):
                     due[i] = live
                 if live and live.step == live.T:
                     lanes[i] = None  # all of it is dispatched; its numbers are on their way
-        save = leave = False
+        save, leave = False, trouble is not None
         in_flight = BLOCKS_IN_FLIGHT if (any(lanes) or waiting) and not due else 0
         while len(unread) > (0 if save or leave else in_flight):
             block = unread.popleft()
@@ -229,6 +239,8 @@ def train(
                 if live.checkpoints and (leave or live.ended):
                     live.checkpoints.wait()
         yield from outcomes
+        if trouble:
+            raise trouble
         if not (waiting or any(lanes)):
             return
         if leave:
@@ -239,47 +251,53 @@ def _refill(
     program: Program, lanes: list[_Live | None], waiting: deque[Run], at_once: int, saving: Saving | None
 ) -> list[Outcome]:
     """Start runs in free lanes; returns those that turn out to have ended before they were interrupted."""
-    fresh: dict[int, Run] = {}
+    fresh: dict[int, _Live] = {}
     outcomes: list[Outcome] = []
     for i in range(at_once):
-        while lanes[i] is None and waiting:
+        while lanes[i] is None and i not in fresh and waiting:
             run = waiting.popleft()
             checkpoints = saving.open(run) if saving else None
             if saving and not checkpoints:
                 continue
             live = _Live(run, checkpoints)
             if not live.start(program, i):
-                fresh[i] = run
-            if live.ended:
+                fresh[i] = live
+            elif live.ended:
                 outcomes.append(_outcome(live))
             else:
                 lanes[i] = live
     if fresh:
-        program.fill({i: run.seed for i, run in fresh.items()})
-    for i, run in fresh.items():
-        if run.initial:
-            program.put_weights(i, *run.initial())
+        program.fill({i: live.run.seed for i, live in fresh.items()})
+    for i, live in fresh.items():
+        if live.run.initial:
+            program.put_weights(i, *live.run.initial())
+    for i, live in fresh.items():
+        lanes[i] = live
     return outcomes
 
 
-def _dispatch(
-    program: Program,
-    lanes: list[_Live | None],
-    most: int,
-    saving: Saving | None,
-    unread: deque[_Block],
-    wishes: list[bool],
-) -> _Block:
-    """Send every row of the mesh its next steps: none beyond the next evaluation or save of any of its lanes."""
+class _Batches(NamedTuple):
+    """steps: of each row of the mesh. eta_RxK, batch_RxK: what they take."""
+
+    steps: list[int]
+    eta_RxK: np.ndarray
+    batch_RxK: Any
+
+
+def _read_batches(
+    program: Program, lanes: list[_Live | None], most: int, saving: Saving | None, unread: deque[_Block]
+) -> _Batches | None:
+    """The next steps of every row of the mesh: none beyond the next evaluation or save of any of its lanes."""
     R, K = program.lanes, program.block
     per_row = R // program.rows
     steps = [0] * program.rows
     for d in range(program.rows):
         busy = [live for live in lanes[d * per_row : (d + 1) * per_row] if live]
         steps[d] = min([most, *(live.to_next_pause(saving) for live in busy)]) if busy else 0
+    if not any(steps):
+        return None
     eta_RxK = np.zeros((R, K))
     batch_RxK: Any = None
-    spans, evaluated = {}, []
     began = time.monotonic()
     for i, live in enumerate(lanes):
         if live is None:
@@ -292,15 +310,26 @@ def _dispatch(
                 batch_RxK = jax.tree.map(lambda x: np.zeros((R, K, *x.shape), x.dtype), batch)
             for all_RxK, one in zip(jax.tree.leaves(batch_RxK), jax.tree.leaves(batch), strict=True):
                 all_RxK[i, k] = one
-        spans[i] = (live, first, n)
-        live.step = first + n
-        if live.step in live.run.eval_steps:
-            evaluated.append(i)
     # Were the devices done before the batches were there?
     if not unread or unread[-1].metrics_RxK.loss.is_ready():  # pyrefly: ignore[missing-attribute]
-        for live, _, _ in spans.values():
-            live.waited += time.monotonic() - began
-    metrics_RxK = program.train(batch_RxK, eta_RxK, steps)
+        for live in lanes:
+            if live:
+                live.waited += time.monotonic() - began
+    return _Batches(steps, eta_RxK, batch_RxK)
+
+
+def _dispatch(program: Program, lanes: list[_Live | None], batches: _Batches, wishes: list[bool]) -> _Block:
+    """Send every row of the mesh its next steps."""
+    per_row = program.lanes // program.rows
+    spans, evaluated = {}, []
+    for i, live in enumerate(lanes):
+        if live:
+            n = batches.steps[i // per_row]
+            spans[i] = (live, live.step, n)
+            live.step += n
+            if live.step in live.run.eval_steps:
+                evaluated.append(i)
+    metrics_RxK = program.train(batches.batch_RxK, batches.eta_RxK, batches.steps)
     evaluation_R = program.evaluate(evaluated) if evaluated else None
     return _Block(spans, metrics_RxK, evaluated, evaluation_R, program.agree(np.array(wishes)))
 

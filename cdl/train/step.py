@@ -307,16 +307,19 @@ class Program:
             {s.device: None if alone and s.device in mine else s.data for s in x.addressable_shards} for x in leaves
         ]
         del self._state, leaves
-        state = make(like)
-        if state is None:
-            state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
-        put: list[jax.Array] = []
-        for (shape, sharding), parts, new in zip(shapes, kept, jax.tree.leaves(state), strict=True):
-            for s in new.addressable_shards:
-                old = parts[s.device]
-                parts[s.device] = s.data if old is None else old.at[j].set(s.data[0])
-            put.append(jax.make_array_from_single_device_arrays(shape, sharding, list(parts.values())))
-        self._state = jax.tree.unflatten(structure, put)
+        state = None
+        try:
+            state = make(like)
+        finally:  # whatever it raises, the other lanes are to live
+            if state is None:
+                state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
+            put: list[jax.Array] = []
+            for (shape, sharding), parts, new in zip(shapes, kept, jax.tree.leaves(state), strict=True):
+                for s in new.addressable_shards:
+                    old = parts[s.device]
+                    parts[s.device] = s.data if old is None else old.at[j].set(s.data[0])
+                put.append(jax.make_array_from_single_device_arrays(shape, sharding, list(parts.values())))
+            self._state = jax.tree.unflatten(structure, put)
 
     def put_weights(self, lane: int, params: Any, stats: Any) -> None:
         """Put weights into a lane that `fill` has just made new: trees of NumPy arrays, whole on every process.

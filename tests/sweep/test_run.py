@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from cdl.planning import plan
 from cdl.sweep.grid import Point
 from cdl.sweep.run import points_of, run_points
 from cdl.sweep.store import Store, sweep_table
+from cdl.train.checkpoint import Checkpoints
 
 from ..conftest import TINY
 
@@ -89,6 +91,7 @@ class Nobody:
     def start(self, *_: Any) -> None: ...
     def block(self, *_: Any) -> None: ...
     def finished(self, *_: Any) -> None: ...
+    def finished_elsewhere(self, *_: Any) -> None: ...
 
 
 @pytest.mark.parametrize("file", [TINY, TINY.replace("tiny", "tiny_images")])
@@ -141,6 +144,21 @@ def test_a_result_that_cannot_be_written_stops_the_sweep_with_all_others_saved(
     run_points(points, store, [Nobody()])
     equal(store.root, tiny_sweep)
     assert not list((store.root / "checkpoints").iterdir())
+
+
+def test_after_an_error_the_same_process_can_try_again(tmp_path: Path) -> None:
+    config, _ = load(TINY)
+    (point,) = points_of(config, [dict(T=20)])
+    store = Store(tmp_path / "s")
+    store.open_for([point])
+    other = Checkpoints(store.checkpoints(point), {"another": "run"})
+    other.save(3, {"x": jax.numpy.ones(3)}, {})
+    other.close()
+    with pytest.raises(UserError, match="of another run"):
+        run_points([point], store, [Nobody()])
+    other.remove()
+    run_points([point], store, [Nobody()])
+    assert store.ids() == {point.id}
 
 
 def test_replaced_images_are_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from cdl.config import base, change, flatten
 from cdl.errors import UserError
@@ -64,6 +66,46 @@ def test_a_point_has_one_process_at_a_time(tmp_path: Path) -> None:
     theirs.release(p)
     assert ours.begin(p, {}) is Claim.FINISHED
     assert ours.ids() == {p.id}
+
+
+def test_weights_that_another_process_has_just_kept_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It publishes between the two looks of this one for a result."""
+    ours, theirs, p = Store(tmp_path / "s"), Store(tmp_path / "s"), point()
+    theirs.open_for([p])
+    weights = ours.checkpoints(p) / "step_400"
+    plain = FileLock.acquire
+
+    def acquire(lock: FileLock) -> Any:
+        weights.mkdir()
+        theirs.write(p, CURVE, RESULT)
+        return plain(lock)
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    assert ours.begin(p, {}) is Claim.FINISHED
+    assert [f.name for f in ours.checkpoints(p).iterdir()] == ["step_400"]
+
+
+def test_where_nothing_can_be_locked_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, p = Store(tmp_path / "s"), point()
+
+    def acquire(lock: FileLock) -> Any:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    store.open_for([p])
+    assert store.begin(p, {}) is Claim.MINE
+    assert "cannot be locked (No locks available); take care that no other command" in capsys.readouterr().err
+
+
+def test_points_that_two_processes_add_at_once_are_all_recorded(tmp_path: Path) -> None:
+    both = [Store(tmp_path / "s"), Store(tmp_path / "s")]
+    with ThreadPoolExecutor(2) as pool:
+        for i in range(20):
+            points = [point(T=10 + i), point(T=1000 + i)]
+            list(pool.map(lambda s, p: s.open_for([p]), both, points))
+    assert len(both[0].expected()) == 40
 
 
 def test_a_lock_outlives_no_process(tmp_path: Path) -> None:

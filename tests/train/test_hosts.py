@@ -14,6 +14,7 @@ import pytest
 
 from cdl.errors import UserError
 from cdl.sweep.store import Store, sweep_table
+from cdl.train import distributed
 from cdl.train.distributed import join_processes
 
 from ..conftest import TINY
@@ -40,7 +41,12 @@ def start(out: Path, devices: int, *arguments: str, folder: Path | None = None) 
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=folder)
 
 
-def start_two(out: Path, *arguments: str, folders: Sequence[Path | None] = (None, None)) -> list[subprocess.Popen[str]]:
+def start_two(
+    out: Path,
+    *arguments: str,
+    folders: Sequence[Path | None] = (None, None),
+    each: Sequence[Sequence[str]] = ((), ()),
+) -> list[subprocess.Popen[str]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -49,6 +55,7 @@ def start_two(out: Path, *arguments: str, folders: Sequence[Path | None] = (None
             out,
             4,
             *arguments,
+            *each[i],
             f"--coordinator=127.0.0.1:{port}",
             "--processes=2",
             f"--process={i}",
@@ -100,6 +107,16 @@ def test_trouble_of_one_process_ends_both_at_once(tmp_path: Path) -> None:
     said = [p.communicate(timeout=100)[1] for p in start_two(tmp_path / "file", "T=60", "mesh.fsdp=-1")]
     assert "is a file; choose a folder" in said[0]
     assert "the first process could not go on; its message says why" in said[1]
+    # Two hosts with another command each, which must not become one run.
+    pair = start_two(tmp_path / "mixed", "T=60", "mesh.fsdp=-1", each=(("seed=3",), ("seed=4",)))
+    for process in pair:
+        assert "process 1 has another config, other options or other data than process 0" in process.communicate()[1]
+    assert not (tmp_path / "mixed").exists()
+    # Data that one of them cannot read.
+    missing = str(tmp_path / "missing.txt")
+    said = [p.communicate()[1] for p in start_two(tmp_path / "c", "T=60", each=((), (f"data.path={missing}",)))]
+    assert "another process could not go on" in said[0]
+    assert "missing.txt' does not exist" in said[1]
     # Two hosts with a folder each, under one name.
     here = [tmp_path / name for name in "ab"]
     for folder in here:
@@ -110,6 +127,14 @@ def test_trouble_of_one_process_ends_both_at_once(tmp_path: Path) -> None:
         assert process.returncode == 2, last
         assert "process 1 does not see what process 0 writes to 'runs'; choose a folder that all" in last
     assert not (tmp_path / "b" / "runs").exists()
+
+
+def test_a_first_process_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_MEET_SECONDS", 1)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # nobody listens
+        with pytest.raises(UserError, match=r"no process 0 there within 1 seconds \(.*refused\); start one"):
+            join_processes(f"127.0.0.1:{s.getsockname()[1]}", 2, 1)
 
 
 @pytest.mark.parametrize(

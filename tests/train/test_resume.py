@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 
 from cdl.config import load, section
 from cdl.data import build as data
+from cdl.errors import UserError
 from cdl.models import build as models
 from cdl.models import resnet
 from cdl.models.gpt2 import arguments
@@ -139,6 +141,41 @@ def test_memory_need_not_hold_a_state_twice(tmp_path: Path, monkeypatch: pytest.
     trained(p, RUNS[:1], saving(tmp_path))
     assert len(held) == 1
     assert held[0] <= before - state
+
+
+@pytest.mark.parametrize("where", ["a batch", "the next run"])
+def test_trouble_of_one_run_loses_no_step_of_another(where: str, tmp_path: Path) -> None:
+    p = program(2, 1, 1, 1)
+    straight = trained(p, RUNS, saving(tmp_path / "a"))
+
+    def batches(first: int) -> Iterator[Any]:
+        if where == "the next run":
+            raise UserError("the disk is gone")
+        yield from itertools.islice(DATA.batches(RUNS[troubled].seed, first), 9)
+        raise UserError("the disk is gone")
+
+    troubled = {"a batch": 0, "the next run": 2}[where]
+    runs = [replace(r, batches=batches) if i == troubled else r for i, r in enumerate(RUNS)]
+    with pytest.raises(UserError, match="the disk is gone"):
+        trained(p, runs, saving(tmp_path / "b"))
+    saved = {r.id: Checkpoints(tmp_path / "b" / r.id, {"id": r.id}).found() for r in RUNS}
+    assert saved[RUNS[1 if troubled == 0 else 0].id]
+    equal(trained(p, RUNS, saving(tmp_path / "b")), straight)
+
+
+def test_a_checkpoint_that_cannot_be_read_harms_no_other_lane(tmp_path: Path) -> None:
+    p = program(2, 1, 1, 1)
+    p.fill({0: 1, 1: 2})
+    before = [jax.device_get(p.lane(i)) for i in (0, 1)]
+
+    def make(like: Any) -> Any:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        p.put_lane(0, make)
+    jax.tree.map(np.testing.assert_array_equal, before[1], jax.device_get(p.lane(1)))
+    p.fill({0: 1})
+    jax.tree.map(np.testing.assert_array_equal, before[0], jax.device_get(p.lane(0)))
 
 
 def test_saving_changes_nothing_and_happens_when_it_is_due(tmp_path: Path) -> None:
