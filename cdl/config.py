@@ -59,7 +59,7 @@ def base() -> ConfigDict:
     seed: of weights and data order. eta_ref, T: reference rate and number of updates; the peak rate is
     eta_ref / sqrt(T). eval.times: held-out evaluations, evenly spaced, the last after update T. eval.size: predicted
     tokens, or images, of the held-out set that are used, a fixed sample. init: weights to start from, a file or folder
-    for `cdl.models.pretrained.load`; "": drawn from the seed.
+    for `cdl.models.pretrained.load`, or the checkpoints of a run; "": drawn from the seed.
 
     The sections compute (`cdl.compute.Compute`), mesh (sizes of `cdl.sharding.AXES`; -1: what the others
     leave) and checkpoint say how a run is computed and not what (`HOW`). checkpoint.seconds: between two saves of

@@ -9,7 +9,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from cdl.errors import UserError
 from cdl.models import pretrained
+from cdl.models.build import build
+from cdl.train.checkpoint import read_weights
 
 __all__ = ["fingerprint", "load"]
 
@@ -41,7 +44,23 @@ def _fingerprint(path: str, model: Section) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _load(path: str, model: Section, seed: int) -> tuple[Any, Any]:
-    return pretrained.load(dict(model), Path(path).expanduser(), seed)
+    where = Path(path).expanduser()
+    if not where.name.startswith("step_") and not any(where.glob("step_*")):
+        return pretrained.load(dict(model), where, seed)
+    weights = read_weights(where)
+    theirs, ours = (_shapes(x) for x in (weights, jax.eval_shape(build(dict(model)).init, 0)))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"init={path!r} has weights of another model: {name} is {theirs.get(name, 'absent')} there and "
+                f"{ours.get(name, 'absent')} here; set the sizes of the model to its"
+            )
+    return weights
+
+
+def _shapes(weights: tuple[Any, Any]) -> dict[str, Any]:
+    paths = jax.tree.leaves_with_path(dict(zip(("params", "stats"), weights, strict=True)))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): list(leaf.shape) for path, leaf in paths}
 
 
 def _hashable(section: ConfigDict) -> Section:

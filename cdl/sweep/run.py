@@ -351,7 +351,7 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
         raise UserError(f"model.name={c.model.name!r} takes data.name={model.data!r} and not {c.data.name!r}")
     data.check_section(c.data, c.model.to_dict())
     if c.init and not Path(c.init).expanduser().exists():
-        raise UserError(f"init={c.init!r} does not exist; give a file or folder of safetensors")
+        raise UserError(f"init={c.init!r} does not exist; give safetensors, or the checkpoints of a run")
     if c.compute.microbatches > 1 and jax.tree.leaves(jax.eval_shape(model.init, 0)[1]):
         raise UserError(
             f"compute.microbatches={c.compute.microbatches}: model.name={c.model.name!r} normalises over the whole "

@@ -27,13 +27,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from cdl.errors import UserError, say
 from cdl.train.checksum import checksums
 from cdl.train.distributed import on_all_processes
 
-__all__ = ["Checkpoints", "Restored"]
+__all__ = ["Checkpoints", "Restored", "read_weights"]
 
 _RECORD = "record.json"
 _SMALL = 2**20  # bytes; larger files hold numbers, which have checksums of their own
@@ -77,7 +78,7 @@ class Checkpoints:
         self._pending: tuple[int, Any] | None = None  # the save under way: its step, its Orbax checkpointer
         self._latest: int | None = None
         try:
-            for step, record in self._records(self._steps()):
+            for step, record in self._records(_steps(self._folder)):
                 self._check(step, "of another run", _fields(record["about"]), _fields(self._about))
         except OSError as error:
             raise UserError(f"{self._folder} cannot be read ({_one_line(error)}); its owner has to allow it") from None
@@ -129,7 +130,7 @@ class Checkpoints:
 
     def found(self) -> bool:
         """Is there a checkpoint, whole or damaged?"""
-        return bool(_from_first_process(self._steps()))
+        return bool(_from_first_process(_steps(self._folder)))
 
     def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that is whole, or None if there is none; damaged ones are said and set aside.
@@ -145,7 +146,7 @@ class Checkpoints:
         for leaf in jax.tree.leaves(like):
             leaf.sharding.shard_shape(leaf.shape)  # raises here, not where it would look like damage
         _orbax()
-        steps = _from_first_process(self._steps())
+        steps = _from_first_process(_steps(self._folder))
         here = {name: _kind(leaf) for name, leaf in _by_name(like)[0].items()}
         for step, record in self._records(steps):
             there = {name: kind for name, (kind, _) in record["leaves"].items()}
@@ -206,17 +207,11 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self._folder / f"step_{step}"
 
-    def _steps(self) -> list[int]:
-        """Steps of the checkpoints in the folder, rising."""
-        if not self._folder.is_dir():
-            return []
-        return sorted(int(found[1]) for path in self._folder.iterdir() if (found := _STEP.fullmatch(path.name)))
-
     def _prune(self, keep: int) -> None:
         """Remove all but the newest few."""
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # what stays takes space, no more
-                for old in self._steps()[:-keep]:  # renamed first: half of one is no checkpoint
+                for old in _steps(self._folder)[:-keep]:  # renamed first: half of one is no checkpoint
                     self._path(old).rename(self._folder / f"deleted-step_{old}")
         self._clean()
 
@@ -245,7 +240,7 @@ class Checkpoints:
         self._clean()
         good: list[int] = []
         with contextlib.suppress(OSError):
-            good = [s for s in self._steps() if s != step]
+            good = [s for s in _steps(self._folder) if s != step]
         last = f"the last good one is of step {good[-1]}" if good else "there is none before it"
         self._say(f"CHECKPOINT FAILED at step {step} in {self._folder} ({_one_line(error)}); the run goes on; {last}")
 
@@ -259,21 +254,11 @@ class Checkpoints:
             return f"could not be set aside: {_one_line(error)}"
         return f"set aside as {name}"
 
-    def _record(self, step: int) -> dict[str, Any]:
-        try:
-            stored = json.loads((self._path(step) / _RECORD).read_bytes())
-            record, digest = stored["record"], stored["digest"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise _DamagedError(f"{_RECORD} cannot be read: {_one_line(error)}") from None
-        if digest != _digest(record) or record["step"] != step:
-            raise _DamagedError(f"{_RECORD} does not agree with itself")
-        return record
-
     def _records(self, steps: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Those that can be read."""
         for step in steps:
             with contextlib.suppress(_DamagedError):
-                yield step, self._record(step)
+                yield step, _record(self._path(step))
 
     def _check(self, step: int, what: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
         for name in [*here, *there]:
@@ -291,9 +276,8 @@ class Checkpoints:
         shaped, structure = _by_name(like)
         why = ""
         try:
-            record = self._record(step)
-            if damaged := [f for f, seen in record["files"].items() if _look_at(self._path(step) / f) != seen]:
-                raise _DamagedError(f"{damaged[0]} is not as it was written")
+            record = _record(self._path(step))
+            _check_files(self._path(step), record)
             leaves, losses = _load(self._path(step), shaped, record["losses"])
         except _DamagedError as error:
             why = str(error)
@@ -308,6 +292,73 @@ class Checkpoints:
             if total != record["leaves"][name][1]:
                 raise _DamagedError(f"the numbers of {name} are not those that were saved")
         return Restored(step, jax.tree.unflatten(structure, leaves.values()), losses)
+
+
+def read_weights(folder: Path) -> tuple[Any, Any]:
+    """Parameters and statistics of the newest checkpoint of a run that is whole. Changes nothing.
+
+    Args:
+      folder: of the run's checkpoints, or one of its checkpoints.
+
+    Returns:
+      Trees of NumPy arrays, as `cdl.models.build.Model.init` gives them; `cdl.models.pretrained.save` writes them for
+      other tools.
+
+    Raises:
+      UserError: there is none.
+    """
+    one = _STEP.fullmatch(folder.name)
+    paths = [folder] if one else [folder / f"step_{step}" for step in reversed(_steps(folder))]
+    why = "there is no checkpoint in it"
+    for path in paths:
+        try:
+            return _weights(path)
+        except _DamagedError as error:
+            why = f"{path.name} is damaged: {error}"
+    raise UserError(f"{folder} has no weights ({why}); give a folder such as runs/x/checkpoints/<id>")
+
+
+def _weights(path: Path) -> tuple[Any, Any]:
+    record = _record(path)
+    _check_files(path, record)
+    wanted = {name: x for name, x in record["leaves"].items() if name.startswith(("params.", "stats."))}
+    ocp = _orbax()
+    args = ocp.args.PyTreeRestore(
+        {"state": dict.fromkeys(wanted, 0)},
+        restore_args={"state": dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))},
+        partial_restore=True,
+    )
+    read = ocp.PyTreeCheckpointHandler().restore(ocp.path.step.epath.Path(path.absolute()), args=args)["state"]
+    for name, total in checksums(read).items():
+        if total != wanted[name][1]:
+            raise _DamagedError(f"the numbers of {name} are not those that were saved")
+    tree = unflatten_dict(
+        {tuple(name.split(".")): x[0] for name, x in read.items()}
+    )  # of a lane: axis 0 is of length 1
+    return tree["params"], tree.get("stats", {})
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, rising."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(found[1]) for path in folder.iterdir() if (found := _STEP.fullmatch(path.name)))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads((path / _RECORD).read_bytes())
+        record, digest = stored["record"], stored["digest"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _DamagedError(f"{_RECORD} cannot be read: {_one_line(error)}") from None
+    if digest != _digest(record) or f"step_{record['step']}" != path.name:
+        raise _DamagedError(f"{_RECORD} does not agree with itself")
+    return record
+
+
+def _check_files(path: Path, record: Mapping[str, Any]) -> None:
+    if damaged := [f for f, seen in record["files"].items() if _look_at(path / f) != seen]:
+        raise _DamagedError(f"{damaged[0]} is not as it was written")
 
 
 def _seal(folder: Path, record: dict[str, Any]) -> None:

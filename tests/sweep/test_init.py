@@ -24,8 +24,10 @@ from cdl.models.gpt2 import arguments
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
 from cdl.sharding import AXES, ShardingRule, make_mesh
+from cdl.sweep import initial
 from cdl.sweep.run import points_of
 from cdl.sweep.store import Store, sweep_table
+from cdl.train.checkpoint import read_weights
 from cdl.train.loop import Run, train
 from cdl.train.step import Program
 
@@ -175,3 +177,27 @@ def test_bad_weights_are_said_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError):
         points_of(change(load(TINY)[0], changes | {"init": init}), [{}])
+
+
+def test_a_run_starts_from_the_weights_that_another_has_kept(tmp_path: Path) -> None:
+    assert main(["train", f"--config={TINY}", f"--out={tmp_path / 'a'}", "T=20", "checkpoint.steps=8"]) == 0
+    (kept,) = (tmp_path / "a" / "checkpoints").iterdir()
+    params, stats = read_weights(kept)
+    assert stats == {}
+    pretrained.save(SECTION, params, stats, tmp_path / "exported")  # and other tools have them
+    for path in (kept, kept / "step_20", tmp_path / "exported"):
+        (point,) = points_of(load(TINY)[0], [dict(init=str(path))])
+        jax.tree.map(np.testing.assert_array_equal, initial.load(point.config), (params, stats))
+        assert point.fingerprints["init.fingerprint"] == initial.fingerprint(point.config)
+    assert main(["train", f"--config={TINY}", f"--out={tmp_path / 'b'}", "T=20", f"init={kept}"]) == 0
+    before, after = (sweep_table(tmp_path / name)["loss"][0] for name in "ab")
+    assert after < before - 0.1  # it went on from there
+    wrong = change(load(TINY)[0], {"init": str(kept), "model.d_model": 16, "model.n_head": 1})
+    with pytest.raises(UserError, match=r"has weights of another model: params\.\S+ is \[.*\] there and \[.*\] here"):
+        initial.load(wrong)
+    with pytest.raises(UserError, match="there is no checkpoint in it"):
+        read_weights(tmp_path)
+    record = kept / "step_20" / "record.json"
+    record.write_text(record.read_text().replace("20", "21", 1))
+    with pytest.raises(UserError, match="step_20 is damaged"):
+        read_weights(kept)
