@@ -224,7 +224,9 @@ def _train(
     if {p.id for p in points} <= store.ids():
         many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
         profile = " or to trace" if arguments.profile else ""
-        console.print(f"{root}: {many} there already, nothing to train{profile}.", highlight=False, soft_wrap=True, markup=False)
+        console.print(
+            f"{root}: {many} there already, nothing to train{profile}.", highlight=False, soft_wrap=True, markup=False
+        )
     caught: list[int] = []
     try:
         with _signals(console, caught), ExitStack() as stack:

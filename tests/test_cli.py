@@ -160,6 +160,7 @@ def test_bounds_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (linear, own) == (0.3 * 49 / 50, 0.1)
 
 
+@pytest.mark.slow
 def test_exam_of_all_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure, table = tmp_path / "a.svg", tmp_path / "a.csv"
     assert main(["exam", f"--plot={figure}", f"--csv={table}"]) == 0

@@ -246,7 +246,7 @@ def test_what_cannot_work_is_named_and_leaves_nothing(tmp_path: Path, lines: Pat
         (dict(out="out"), "exists already"),
         (dict(out="link"), "exists already"),
         (dict(source="empty.txt"), "no document with text"),
-        (dict(source="same.jsonl"), "all 5 documents are the same"),
+        (dict(source="same.jsonl"), "all 5 documents begin alike"),
         (dict(val=0.0), "--val=0.0 must be"),
         (dict(val=1.0), "--val=1.0 must be"),
         (dict(val=1e-9), "holds out none of 300 documents"),

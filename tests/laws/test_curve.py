@@ -142,6 +142,7 @@ def test_sixth_constant_where_peaks_differ(r: float) -> None:
     assert "r" not in fit_curve(table()).params
 
 
+@pytest.mark.slow
 def test_constant_rates_say_so_and_widen_forecasts() -> None:
     fit = fit_curve(table(noise=1e-4, shapes=("constant",)))
     assert any("cannot be told apart" in w for w in fit.warnings)

@@ -123,4 +123,6 @@ def test_bad_sections_are_named(change: dict[str, Any], said: str) -> None:
 def test_images_without_three_channels_are_named() -> None:
     model = build.build(SMALL)
     with pytest.raises(UserError, match=r"images are \(8, 8, 1\); resnet takes \(height, width, 3\)"):
-        model.loss(*model.init(0), {"image": jnp.zeros((2, 8, 8, 1)), "label": jnp.zeros(2, int)})
+        jax.eval_shape(
+            lambda: model.loss(*model.init(0), {"image": jnp.zeros((2, 8, 8, 1)), "label": jnp.zeros(2, int)})
+        )

@@ -35,9 +35,10 @@ def batch_of(name: str) -> Any:
 
 def test_scan_is_a_loop_over_the_layers() -> None:
     block = dict(causal=True, tanh=True, epsilon=1e-5, dtype=jnp.float32, attention="xla", length=8)
-    stack = Stack(16, 2, 4, remat="none", rngs=nnx.Rngs(0), **block)
-    graphdef, params_L = nnx.split(stack.layers)
-    params_L = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params_L)
+    stack = nnx.eval_shape(lambda: Stack(16, 2, 4, remat="none", rngs=nnx.Rngs(0), **block))
+    graphdef, shapes_L = nnx.split(stack.layers)
+    rng = np.random.default_rng(0)
+    params_L = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes_L)
     stack_graphdef = nnx.split(stack)[0]
     x_BSxD = jax.random.normal(jax.random.key(1), (2 * 8, 16))
 
@@ -136,8 +137,12 @@ def test_attention_by_blocks_is_the_plain_one(S: int, blocks: int) -> None:
     plain = partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
     results = []
     for attend in (_causal_in_blocks, plain):
-        y, back = jax.vjp(attend, q, k, v)
-        results.append((y, *back(ct)))
+
+        def both_ways(q: Any, k: Any, v: Any, ct: Any, attend: Any = attend) -> Any:
+            y, back = jax.vjp(attend, q, k, v)
+            return y, *back(ct)
+
+        results.append(compiled(both_ways)(q, k, v, ct))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     dots = [e for e in jax.make_jaxpr(_causal_in_blocks)(q, k, v).jaxpr.eqns if e.primitive.name == "dot_general"]

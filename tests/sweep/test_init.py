@@ -121,6 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_train_starts_from_a_file(folder: Path, tmp_path: Path) -> None:
     config, _ = load(TINY)
     command = ["train", f"--config={TINY}", "T=12", "eta_ref=0.5", f"--out={tmp_path / 'out'}"]

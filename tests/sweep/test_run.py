@@ -43,6 +43,7 @@ def equal(a: Path, b: Path) -> None:
         pd.testing.assert_frame_equal(Store(a).curve(id), Store(b).curve(id), check_exact=True)
 
 
+@pytest.mark.slow
 def test_sigkill_at_several_moments_loses_and_changes_nothing(tiny_sweep: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     moments = random.Random(0)
@@ -218,6 +219,7 @@ def test_check_trains_the_predicted_horizon_and_says_how_it_went(tiny_sweep: Pat
     assert f"{verdict} the 95% interval" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_check_has_the_settings_of_the_grid(tmp_path: Path) -> None:
     config = tmp_path / "adamw.py"
     axes = 'product(**{"optimizer.name": ["adamw"]}, seed=[3], eta_ref='
@@ -239,6 +241,7 @@ def test_a_check_has_the_settings_of_the_grid(tmp_path: Path) -> None:
     assert any("no line to be compared with" in w for w in without.warnings)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_its_text_was_moved_to(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_bytes(bytes(range(32, 127)) * 100)
