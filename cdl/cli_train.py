@@ -87,7 +87,8 @@ def train(arguments: argparse.Namespace) -> None:
     _start_devices(arguments)
     if arguments.devices is not None and not arguments.dry_run:
         raise UserError(f"--devices={arguments.devices} is for --dry-run; for a run set mesh.data, mesh.fsdp and so on")
-    config, changes = configs.load(arguments.config)[0], configs.parse_assignments(arguments.changes)
+    config = in_every_process(lambda: configs.load(arguments.config)[0])
+    changes = configs.parse_assignments(arguments.changes)
     if arguments.dry_run:
         said = _dry_run(configs.change(config, changes), arguments.devices)
         if jax.process_index() == 0:
@@ -213,7 +214,7 @@ def _train(
     arguments: argparse.Namespace, root: Path, points: Sequence[Point], lanes: int | None, keep: bool = False
 ) -> Store:
     """Train what the folder lacks of these points."""
-    check_same(json.dumps([[p.id, p.flat] for p in points] + [root.name, lanes, keep]))
+    check_same(json.dumps([[p.id, p.program] for p in points] + [root.name, lanes, keep]))  # paths may differ
     for point in points:
         layout(point.config, len(points), lanes)
     store, console = Store(root), _console()
