@@ -203,6 +203,7 @@ def test_a_folder_of_another_sweep_is_refused_and_kept(tiny_sweep: Path, capsys:
     assert sweep_table(tiny_sweep).equals(before)
 
 
+@pytest.mark.slow
 def test_train_is_one_run_of_the_same_loop(
     tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

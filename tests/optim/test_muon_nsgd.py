@@ -140,7 +140,10 @@ SHARDING = (
 )
 
 
-@pytest.mark.parametrize(("layers", "sizes"), [(5, (1, 2, 2)), (1, (2, 2, 2)), (3, (1, 8, 1))])
+@pytest.mark.parametrize(
+    ("layers", "sizes"),
+    [(5, (1, 2, 2)), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, (2, 2, 2)), (3, (1, 8, 1))))],
+)
 def test_an_update_is_the_same_on_a_mesh(layers: int, sizes: tuple[int, int, int]) -> None:
     """Many matrices are dealt out whole, few by columns; neither changes a direction."""
     g = tree(9, layers)

@@ -90,6 +90,7 @@ def test_terms_scale_as_they_say_and_give_the_best_rate() -> None:
     assert terms.own == pytest.approx(eta_T[-2] * 0.7**2 / 2, rel=1e-14)  # the last rate is 0
 
 
+@pytest.mark.slow
 def test_many_schedules_at_once() -> None:
     eta_RxT = np.stack([hard_schedules(2000)[name] for name in ("linear", "drop by 1e-3", "jump up by 1e8")])
     D_R, G_RxT = np.array([1.0, 2.0, 3.0]), RNG.uniform(0.5, 2, eta_RxT.shape)
@@ -156,7 +157,7 @@ def curve_sum(eta_T: Any, D: Any, G: Any) -> Any:
     return (bound_curve(eta_T, D, G)[5:] * np.linspace(1, 2, 295)).sum()
 
 
-@pytest.mark.parametrize("f", [bound, average_bound, curve_sum])
+@pytest.mark.parametrize("f", [bound, average_bound, pytest.param(curve_sum, marks=pytest.mark.slow)])
 def test_derivatives_against_finite_differences(f: Any) -> None:
     eta_T, G_T = RNG.uniform(0.1, 1, (2, 300))
     eta_T[[0, 100, 299]] = 0

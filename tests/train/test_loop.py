@@ -54,7 +54,9 @@ def same(a: Outcome, b: Outcome) -> None:
 RUNS = [run(30, 0.1), run(21, 0.02), run(9, 0.3, seed=5), run(17, 0.05, seed=2**31), run(30, 0.3), run(4, 0.1)]
 
 
-@pytest.mark.parametrize("optimizer", ["muon_nsgd", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", ["muon_nsgd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "sgd"))]
+)
 def test_a_lane_equals_a_plain_optax_loop(optimizer: str) -> None:
     """The reference: optax with a schedule, a Python loop, no lanes, one update after the other."""
     r = run(25, 0.02, seed=3)
@@ -114,6 +116,7 @@ def test_runs_are_bit_equal_alone_and_in_company(lanes: int, two: Program, alone
         same(outcome, alone[id])
 
 
+@pytest.mark.slow
 def test_lanes_that_share_a_device_agree_closely(alone: dict[str, Outcome]) -> None:
     """`vmap` sums in another order: close, not bit-equal."""
     together = outcomes(program(lanes=4, devices=2), RUNS)

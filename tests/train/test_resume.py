@@ -88,7 +88,9 @@ def equal(a: dict[str, Outcome], b: dict[str, Outcome]) -> None:
 RUNS = [run(40, 0.1), run(23, 0.02, seed=3), run(31, 0.3, seed=1)]
 
 
-@pytest.mark.parametrize("lanes", [2, 4])  # one on each row of the mesh, two on each
+@pytest.mark.parametrize(
+    "lanes", [2, pytest.param(4, marks=pytest.mark.slow)]
+)  # one on each row of the mesh, two on each
 def test_stopped_runs_go_on_bit_for_bit(lanes: int, tmp_path: Path) -> None:
     p = program(2, 1, 1, 1, lanes=lanes)
     straight = trained(p, RUNS, saving(tmp_path / "a"))
