@@ -28,7 +28,7 @@ from cdl.cli_output import show_report
 from cdl.compute import Compute
 from cdl.errors import Terminated, UserError
 from cdl.laws.horizon import NoLaw
-from cdl.metrics import Metrics, Profile, tensorboard_writers, wandb_writers
+from cdl.metrics import Metrics, OpenWriter, Profile, tensorboard_writers, wandb_writers
 from cdl.models import build as models
 from cdl.planning import CHECKS, plan
 from cdl.progress import TerminalProgress
@@ -108,8 +108,8 @@ def train(arguments: argparse.Namespace) -> None:
             f"done: held-out loss {row.loss:.4f}{right}, training loss {row.train_loss:.4f}, "
             f"{row[f'{unit}_per_s']:,.0f} {unit}/s"
         )
-        if any((weights := store.checkpoints(points[0])).glob("step_*")):  # not where a sweep had trained it
-            print(f"Weights: {weights}")
+        if store.saved(points[0]):  # not where a sweep had trained it
+            print(f"Weights: {store.checkpoints(points[0])}")
     else:
         print(f"diverged: the loss after {row.diverged_at:.0f} updates was not finite; try a smaller eta_ref")
     print(f"Results: {out / id}")
@@ -218,8 +218,13 @@ def _train(
     for point in points:
         layout(point.config, len(points), lanes)
     store, console = Store(root), _console()
-    writers = [tensorboard_writers(root)] if arguments.tensorboard else []
-    writers += [wandb_writers(arguments.wandb, root)] if arguments.wandb else []
+    writers: list[OpenWriter] = []
+
+    def open_writers() -> None:
+        writers.extend([tensorboard_writers(root)] if arguments.tensorboard else [])
+        writers.extend([wandb_writers(arguments.wandb, root)] if arguments.wandb else [])
+
+    in_first_process(open_writers)
     in_first_process(functools.partial(store.open_for, points))
     check_shared(root)
     if {p.id for p in points} <= store.ids():
@@ -241,7 +246,7 @@ def _train(
             run_points(points, store, listeners, lanes, keep=keep, stop=lambda: bool(caught))
     except (Stopped, KeyboardInterrupt) as e:
         kept = len({p.id for p in points} & store.ids())
-        saved = any(any(store.checkpoints(p).glob("step_*")) for p in points)
+        saved = any(store.saved(p) for p in points)
         begun = " and those under way are saved" if isinstance(e, Stopped) and saved else ""
         error = Terminated if signal.SIGTERM in caught else KeyboardInterrupt
         raise error(f"{kept} of {len(points)} runs are kept{begun}; the same command goes on from there") from None

@@ -5,6 +5,7 @@ hash of its text (of its first 256 KiB), so equal documents stay together and a 
 single document gives its tail. The folder gets its name when it is complete.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -132,11 +133,14 @@ def _new_folder(out: Path) -> Generator[Path]:
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.partial"
-    lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
+    lock = FileLock(out.parent / f".{out.name}.lock", timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise UserError(f"--out={out}: another cdl data writes it; wait, or choose another --out") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            raise
     kept = False
     try:
         if folder.is_dir():

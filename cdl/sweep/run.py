@@ -242,8 +242,8 @@ def _train_group(
             listener.finished(point, result)
 
     c = group[0].config
-    batches = data.build(c.data).batches(c.seed, 0, part=program.part)
-    program.compile(in_every_process(lambda: next(batches)))
+    # Its iterator ends with it, and with that the threads or processes that read ahead.
+    program.compile(in_every_process(lambda: next(data.build(c.data).batches(c.seed, 0, part=program.part))))
     outcomes = train(
         program,
         (_run_of(p, program, replaced) for p in group),
@@ -252,17 +252,23 @@ def _train_group(
         saving=Saving(open, c.checkpoint.seconds, c.checkpoint.steps, keep),
         stop=lambda: bool(unwritten) or stop(),
     )
+    together = True
     try:
         for outcome in outcomes:
             finish(outcome)
     except Stopped:
         if not unwritten:
             raise
-    except Exception:
-        if jax.process_count() == 1:  # of several, this may be the only one that got here
+    except BaseException as e:
+        # Of several processes this may be the only one that got here; and who interrupts twice will not wait.
+        together = jax.process_count() == 1 and not isinstance(e, KeyboardInterrupt)
+        for error in unwritten:
+            say(str(error))
+        raise
+    finally:
+        if together:
             for checkpoints in opened.values():
                 checkpoints.close()
-        raise
     if unwritten:
         raise unwritten[0]
 

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -106,7 +107,7 @@ class Store:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """No other process is in here for this folder, where the file system has locks."""
-        lock = FileLock(self.root / f"{_TEMPORARY}lock", timeout=_LOCK_SECONDS)
+        lock = _lock(self.root / f"{_TEMPORARY}lock", _LOCK_SECONDS)
         with contextlib.suppress(OSError):
             lock.acquire()  # Timeout is an OSError too
         try:
@@ -133,6 +134,10 @@ class Store:
         """The folder in which a point is saved while it is trained."""
         return self.root / "checkpoints" / point.id
 
+    def saved(self, point: "Point") -> bool:
+        """Has it a checkpoint?"""
+        return any(re.fullmatch(r"step_\d+", f.name) for f in self.checkpoints(point).glob("step_*"))
+
     def begin(self, point: "Point", environment: Mapping[str, Any]) -> Claim:
         """Make a point this process's, until `release` or its end, and write down what runs, and on what.
 
@@ -145,7 +150,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             return Claim.MINE  # nothing can be written, as saving will say
-        lock = FileLock(folder / "lock", timeout=0)
+        lock = _lock(folder / "lock", 0)
         try:
             lock.acquire()
         except Timeout:
@@ -243,6 +248,11 @@ def _common(points: "Sequence[Point]") -> dict[str, Any]:
         for k, v in first.items()
         if k not in ("eta_ref", "T", "seed") and all(p.identity.get(k) == v for p in points)
     }
+
+
+def _lock(file: Path, seconds: float) -> FileLock:
+    # Where there are no locks filelock would leave a mark, which outlives a process that is killed.
+    return FileLock(file, timeout=seconds, fallback_to_soft=False)
 
 
 def _unlock(lock: FileLock) -> None:

@@ -315,6 +315,10 @@ def read_weights(folder: Path) -> tuple[Any, Any]:
             return _weights(path)
         except _DamagedError as error:
             why = f"{path.name} is damaged: {error}"
+        except MemoryError:
+            raise
+        except Exception as error:  # damage shows in many ways
+            why = f"{path.name} is damaged: {_one_line(error)}"
     raise UserError(f"{folder} has no weights ({why}); give a folder such as runs/x/checkpoints/<id>")
 
 
@@ -329,12 +333,13 @@ def _weights(path: Path) -> tuple[Any, Any]:
         partial_restore=True,
     )
     read = ocp.PyTreeCheckpointHandler().restore(ocp.path.step.epath.Path(path.absolute()), args=args)["state"]
-    for name, total in checksums(read).items():
-        if total != wanted[name][1]:
-            raise _DamagedError(f"the numbers of {name} are not those that were saved")
-    tree = unflatten_dict(
-        {tuple(name.split(".")): x[0] for name, x in read.items()}
-    )  # of a lane: axis 0 is of length 1
+    for name, x in read.items():
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the others may be too small for all of it
+            if checksums({name: x}) != {name: wanted[name][1]}:
+                raise _DamagedError(f"the numbers of {name} are not those that were saved")
+    # Names were joined from keys, of which those of lists are numbers. Axis 0 is the lane's.
+    keys = {name: tuple(int(key) if key.isdigit() else key for key in name.split(".")) for name in read}
+    tree = unflatten_dict({keys[name]: x[0] for name, x in read.items()})
     return tree["params"], tree.get("stats", {})
 
 

@@ -165,13 +165,15 @@ class _Live:
 
 
 class _Block(NamedTuple):
-    """One dispatch that is still to be read: lane -> (run, first step, number of steps); wishes: (save, stop)."""
+    """One dispatch that is still to be read: lane -> (run, first step, number of steps); wishes: (save, stop).
+    ended: lanes whose run had ended before, as was then seen."""
 
     spans: dict[int, tuple[_Live, int, int]]
     metrics_RxK: StepMetrics
     evaluated: list[int]
     evaluation_R: Evaluation | None
     wishes: Any
+    ended: set[int]
 
 
 def train(
@@ -207,7 +209,8 @@ def train(
             outcomes += _refill(program, lanes, waiting, at_once or program.lanes, saving)
             batches = _read_batches(program, lanes, pace.steps(), saving, unread)
         except Exception as error:
-            if saving is None or jax.process_count() > 1:  # the others do not know of it
+            # Other processes do not know of it; and what devices hold after an error of theirs is not worth saving.
+            if saving is None or jax.process_count() > 1 or isinstance(error, jax.errors.JaxRuntimeError):
                 raise
             trouble, batches = error, None
         if batches:
@@ -331,7 +334,7 @@ def _dispatch(program: Program, lanes: list[_Live | None], batches: _Batches, wi
                 evaluated.append(i)
     metrics_RxK = program.train(batches.batch_RxK, batches.eta_RxK, batches.steps)
     evaluation_R = program.evaluate(evaluated) if evaluated else None
-    return _Block(spans, metrics_RxK, evaluated, evaluation_R, program.agree(np.array(wishes)))
+    return _Block(spans, metrics_RxK, evaluated, evaluation_R, program.agree(np.array(wishes)), set())
 
 
 def _read(block: _Block, lanes: list[_Live | None]) -> Iterator[Outcome]:
@@ -340,7 +343,8 @@ def _read(block: _Block, lanes: list[_Live | None]) -> Iterator[Outcome]:
     after = dict(zip(_AFTER, (_local(x) for x in block.evaluation_R), strict=True)) if block.evaluation_R else {}
     for i, (live, first, n) in block.spans.items():
         if live.ended:
-            continue  # it diverged in an earlier block
+            block.ended.add(i)  # it diverged in an earlier block
+            continue
         for name, values_RxK in before.items():
             live.curve[name][first : first + n] = values_RxK[i, :n]
         broken = [first + int(k) for k in np.flatnonzero(~np.isfinite(before["train_loss"][i, :n]))[:1]]
@@ -368,7 +372,7 @@ def _statuses(block: _Block) -> list[LaneStatus]:
     """Of the block's lanes, without runs that had diverged before."""
     statuses = []
     for i, (live, first, n) in block.spans.items():
-        if live.diverged_at is not None and live.diverged_at < first:
+        if i in block.ended:
             continue
         rows, step = slice(first, first + n), first + n
         evaluation = Evaluation(*(live.curve[name][step] for name in _AFTER)) if i in block.evaluated else None

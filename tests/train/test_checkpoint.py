@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cdl.errors import UserError
 from cdl.train import checkpoint
-from cdl.train.checkpoint import Checkpoints, Restored
+from cdl.train.checkpoint import Checkpoints, Restored, read_weights
 
 ABOUT = {"id": "a1b2", "model": {"n_layer": 2, "sizes": [8, 16]}, "n_params": 120}
 
@@ -207,6 +207,22 @@ def test_orbax_is_silent_and_imported_late(two_steps: Path, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
     code = "import cdl.train.checkpoint, sys; print('orbax' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_weights_alone_are_those_of_the_newest_whole_checkpoint(copy: Path) -> None:
+    for step in (2, 1):
+        params, stats = read_weights(copy)
+        assert stats == {}
+        expected = make_state(step).params
+        assert bits(params["embed"]["kernel"]) == bits(np.asarray(expected["embed"]["kernel"])[0])
+        assert [bits(params["blocks"][i]) for i in (0, 1)] == [bits(np.asarray(x)[0]) for x in expected["blocks"]]
+        before = contents(copy)
+        if step == 2:
+            (copy / "step_2" / "_METADATA").unlink()
+    assert contents(copy) == before  # nothing is set aside
+    shutil.rmtree(copy / "step_1")
+    with pytest.raises(UserError, match="step_2 is damaged: FileNotFoundError"):
+        read_weights(copy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
