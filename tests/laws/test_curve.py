@@ -50,6 +50,7 @@ def table(
     return pd.concat(frames, ignore_index=True)
 
 
+@pytest.mark.slow
 def test_constants_for_the_rates_as_given() -> None:
     fit = fit_curve(table())
     expected = {"L_inf": 3.0, "A": 2.0, "B": 3.0, "alpha": 0.5, "p": 0.25}
@@ -131,7 +132,8 @@ def test_held_out_figures_come_from_fits_without_the_points() -> None:
     np.testing.assert_allclose(figures[("2nd half from 1st", "mae")], later, rtol=1e-2)
 
 
-@pytest.mark.parametrize("r", [0.5, *(pytest.param(r, marks=pytest.mark.slow) for r in (0.0, 0.9))])
+@pytest.mark.slow
+@pytest.mark.parametrize("r", [0.0, 0.5, 0.9])
 def test_sixth_constant_where_peaks_differ(r: float) -> None:
     runs = pd.concat([table(r=r), table(r=r, scale=0.5).assign(run=lambda t: t["run"] + " half")])
     fit = fit_curve(runs)

@@ -56,7 +56,7 @@ def test_scan_is_a_loop_over_the_layers() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "resnet"])  # ViT's stack is GPT-2's
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("resnet", marks=pytest.mark.slow)])  # ViT's stack is GPT-2's
 def test_remat_keeps_less_for_the_same_loss_gradients_and_statistics(name: str) -> None:
     kept, results = {}, {}
     for remat in REMAT:
