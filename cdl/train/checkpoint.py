@@ -37,6 +37,7 @@ from cdl.train.distributed import on_all_processes
 __all__ = ["Checkpoints", "Restored", "read_weights"]
 
 _RECORD = "record.json"
+_MEET_SECONDS = 300  # that processes wait for one whose part of a save has failed, which then fails for all
 _SMALL = 2**20  # bytes; larger files hold numbers, which have checksums of their own
 _ORBAX_NOTES = "_CHECKPOINT_METADATA"  # into which Orbax writes once more at the end
 _WRITING = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of an unfinished one
@@ -118,7 +119,7 @@ class Checkpoints:
         writer = ocp.AsyncCheckpointer(
             # Compressed, trained weights are 7% smaller and take four times as long.
             ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=here),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=seal),
+            async_options=ocp.options.AsyncOptions(timeout_secs=_MEET_SECONDS, post_finalization_callback=seal),
             multiprocessing_options=here,
         )
         tree = {"state": _not_empty(leaves), "losses": _not_empty(curves)}
