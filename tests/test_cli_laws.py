@@ -65,6 +65,7 @@ def test_all_laws(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines if not line.startswith("Warning: ")] == ["law", *LAWS]
 
 
+@pytest.mark.slow
 def test_all_laws_keep_their_warnings(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed("fit curve constant.csv --law=all") == 0
     assert "Warning: paper: the rate is 0.001 at all losses fitted" in capsys.readouterr().out

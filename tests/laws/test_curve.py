@@ -62,6 +62,7 @@ def test_constants_for_the_rates_as_given() -> None:
     assert len(fit.predict(SHAPES["drop"])) == 2000
 
 
+@pytest.mark.slow
 def test_standard_errors_are_of_the_size_of_the_scatter() -> None:
     """Constants fitted to the same law under other noise differ by what the errors say, within a factor of 3."""
     fits = [fit_curve(table(noise=1e-3, seed=seed)) for seed in range(6)]

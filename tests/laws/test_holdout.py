@@ -46,6 +46,7 @@ def test_score_of_a_constant_loss_has_no_r2() -> None:
     assert np.isnan(score_of(np.ones(3), np.ones(3))["r2"])
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_follows_the_law() -> None:
     """Runs that follow the law up to noise that neighbours share: 90% intervals hold 90% or more of other runs."""
     steps, rng = np.arange(100, 2001, 20), np.random.default_rng(0)

@@ -169,7 +169,8 @@ def test_vit_logits_loss_and_gradients(pool: str, tmp_path: Path) -> None:
     assert_same_tree(grads, pooled(gradients(model, tmp_path / "gradients")), atol=1e-5)
 
 
-@pytest.mark.parametrize(("depth", "stem"), [(18, "cifar"), pytest.param(50, "imagenet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "stem"), [(18, "cifar"), (50, "imagenet")])
 def test_resnet_logits_loss_gradients_and_statistics(depth: int, stem: str, tmp_path: Path) -> None:
     model = resnet(depth, stem)
     section, params, stats = ours(model, tmp_path / "weights")

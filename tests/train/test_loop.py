@@ -135,7 +135,7 @@ def test_a_program_compiles_once_for_every_run(two: Program) -> None:
         assert [f._cache_size() for f in (two._fill, two._train, two._evaluate)] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(("lanes", "devices"), [(2, 2), (2, 1)])
+@pytest.mark.parametrize(("lanes", "devices"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_run_that_diverges_is_cut_there_and_harms_nobody(lanes: int, devices: int) -> None:
     good = [run(30, 0.1), run(40, 0.05)]
     bad = run(60, 1e30)
