@@ -24,14 +24,11 @@ class _Batches(Protocol):
         self,
         seed: int,
         first: int,
+        *,
         part: tuple[int, int] = (0, 1),
         workers: int = 0,
         on_replaced: Callable[[int], None] = ...,
     ) -> Iterator[Any]: ...
-
-
-def _ignore(images: int) -> None:
-    pass
 
 
 class Dataset(NamedTuple):
@@ -111,14 +108,8 @@ def _text(section: ConfigDict) -> Dataset:
     corpus = _read("text", section.path, section.heldout)
     assert isinstance(corpus, text.Corpus)
 
-    def batches(
-        seed: int,
-        first: int,
-        part: tuple[int, int] = (0, 1),
-        workers: int = 0,
-        on_replaced: Callable[[int], None] = _ignore,
-    ) -> Iterator[Any]:
-        del workers, on_replaced  # reading a map of the file costs less than asking another process for it
+    # Reading a map of the file costs less than asking another process for it, and nothing is replaced.
+    def batches(seed: int, first: int, *, part: tuple[int, int] = (0, 1), **_: Any) -> Iterator[Any]:
         dataset: grain.MapDataset = text.batches(corpus, section, seed, part)
         return (dataset[k] for k in itertools.count(first))
 
@@ -149,9 +140,10 @@ def _images(section: ConfigDict) -> Dataset:
     def batches(
         seed: int,
         first: int,
+        *,
         part: tuple[int, int] = (0, 1),
         workers: int = 0,
-        on_replaced: Callable[[int], None] = _ignore,
+        on_replaced: Callable[[int], None] = lambda images: None,
     ) -> Iterator[Any]:
         dataset = images.batches(source, section, seed, part)
         replaced = seen = 0

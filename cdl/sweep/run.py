@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -84,7 +84,8 @@ def points_of(config: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[
         _eta_T(point.config)
         _eval_steps(point.config)
         if point.program not in checked:
-            _parts(point)
+            parts_of(point.config)
+            data.build(point.config.data).check(point.config.model.to_dict())
             checked.add(point.program)
     return points
 
@@ -130,12 +131,9 @@ def run_points(
     by_point = {p.id: costs[key] for key, group in groups.items() for p in group}
     for listener in listeners:
         listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
-    waits = False
+    sweep, waits = _Sweep(store, listeners, keep, stop), False
     while groups:
-        taken = {
-            key: _run_group(group, store, layouts[key], costs[key], listeners, keep, stop)
-            for key, group in groups.items()
-        }
+        taken = {key: _run_group(group, layouts[key], costs[key], sweep) for key, group in groups.items()}
         groups = {key: group for key, group in taken.items() if group}
         if groups:
             if not waits and jax.process_index() == 0:
@@ -146,24 +144,25 @@ def run_points(
                 raise Stopped
 
 
-def _run_group(
-    group: Sequence[Point],
-    store: Store,
-    where: Layout,
-    cost: StepCost,
-    listeners: Sequence[Listener],
-    keep: bool,
-    stop: Callable[[], bool],
-) -> list[Point]:
+class _Sweep(NamedTuple):
+    """See `run_points`."""
+
+    store: Store
+    listeners: Sequence[Listener]
+    keep: bool
+    stop: Callable[[], bool]
+
+
+def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sweep) -> list[Point]:
     """Train points of one program; returns those that another process trains."""
     taken: list[Point] = []
 
     def claimed(point: Point) -> bool:
-        claim = Claim(in_first_process(functools.partial(store.begin, point, environment())))
+        claim = Claim(in_first_process(functools.partial(sweep.store.begin, point, environment())))
         if claim is Claim.TAKEN:
             taken.append(point)
         if claim is Claim.FINISHED:
-            for listener in listeners:
+            for listener in sweep.listeners:
                 listener.finished_elsewhere(point)
         return claim is Claim.MINE
 
@@ -173,10 +172,10 @@ def _run_group(
         mine += [point] if claimed(point) else []
     if mine:
         try:
-            _train_group([*mine, *rest], {p.id for p in mine}, claimed, store, where, cost, listeners, keep, stop)
+            _train_group([*mine, *rest], {p.id for p in mine}, claimed, where, cost, sweep)
         finally:
             for point in group:
-                store.release(point)
+                sweep.store.release(point)
     return taken
 
 
@@ -184,15 +183,13 @@ def _train_group(
     group: Sequence[Point],
     mine: set[str],
     claimed: Callable[[Point], bool],
-    store: Store,
     where: Layout,
     cost: StepCost,
-    listeners: Sequence[Listener],
-    keep: bool,
-    stop: Callable[[], bool],
+    sweep: _Sweep,
 ) -> None:
     """Train points of one program, but for those that are not `mine` and cannot be `claimed` when it is their turn."""
-    program = program_for(group[0], where)
+    store, listeners, keep, stop = sweep
+    c, program = group[0].config, program_for(group[0], where)
     by_id = {p.id: p for p in group}
     opened: dict[str, Checkpoints] = {}  # of the runs under way
     replaced = _Replaced()
@@ -202,8 +199,7 @@ def _train_group(
         point = by_id[run.id]
         if run.id not in mine and not claimed(point):
             return None
-        about = point.identity
-        opened[run.id] = Checkpoints(store.checkpoints(point), about, keep=point.config.checkpoint.keep)
+        opened[run.id] = Checkpoints(store.checkpoints(point), point.identity, keep=c.checkpoint.keep)
         return opened[run.id]
 
     def on_block(lanes: list[LaneStatus]) -> None:
@@ -241,7 +237,6 @@ def _train_group(
         for listener in listeners:
             listener.finished(point, result)
 
-    c = group[0].config
     # Its iterator ends with it, and with that the threads or processes that read ahead.
     program.compile(in_every_process(lambda: next(data.build(c.data).batches(c.seed, 0, part=program.part))))
     outcomes = train(
@@ -290,8 +285,9 @@ class _Replaced:
 
 def program_for(point: Point, where: Layout) -> Program:
     """The program that runs this point and all points with an equal `program`."""
-    model, optimizer, dataset = _parts(point)
     c = point.config
+    model, optimizer = parts_of(c)
+    dataset = data.build(c.data)
     heldout = dataset.heldout(c.eval.size)
     bytes_of_batch = sum(x[0].nbytes for x in jax.tree.leaves(heldout))
     return Program(
@@ -307,6 +303,7 @@ def program_for(point: Point, where: Layout) -> Program:
     )
 
 
+@functools.cache  # asked for at every claim, of every run and every second that one waits for others
 def environment() -> dict[str, Any]:
     """What runs in this process are computed by: the name of the devices, processes, versions."""
     packages = ("cdl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -326,14 +323,6 @@ def _cost(c: ConfigDict, where: Layout) -> StepCost:
     peak = peak_flops(where.mesh.devices.flat[0].device_kind, c.model.dtype)
     devices = where.mesh.size / where.lanes
     return StepCost(dataset.unit, dataset.per_batch, step_flops(model, batch), peak and peak * devices)
-
-
-def _parts(point: Point) -> tuple[models.Model, Any, data.Dataset]:
-    """Model, optimizer and data of a point; raises UserError where they do not fit together."""
-    model, optimizer = parts_of(point.config)
-    dataset = data.build(point.config.data)
-    dataset.check(point.config.model.to_dict())
-    return model, optimizer, dataset
 
 
 def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
