@@ -139,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
         p.add_argument("--process", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
 
+    alone = dict(distributed=False, coordinator=None, processes=None, process=None)
+
     def metrics_arguments(p: argparse.ArgumentParser) -> None:
         p.add_argument("--tensorboard", action="store_true", help="write event files to OUT/tensorboard")
         p.add_argument(
@@ -149,19 +151,105 @@ def _parser() -> argparse.ArgumentParser:
             help="write to Weights & Biases, project cdl unless --wandb=PROJECT",
         )
 
+    def worker_arguments(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: one per device)")
+        p.add_argument(
+            "--workers", type=int, metavar="N", help="processes that train, replaced when they die (default: this one)"
+        )
+        p.add_argument(
+            "--backend",
+            default="local",
+            choices=("local", "slurm", "ray"),
+            help="where workers run (default: this machine)",
+        )
+        p.add_argument("--sbatch", metavar="OPTIONS", help="with --backend=slurm: as '--partition=gpu --gres=gpu:1'")
+        p.add_argument("--resources", metavar="NAME=N,..", help="with --backend=ray: of each worker, as GPU=1,CPU=8")
+
     p = verb(
         "sweep",
-        _later("cli_train", "sweep"),
+        _later("cli_sweep", "sweep"),
         "train the grid of a config, fit the law, write the report",
         "cdl sweep --config=configs/demo.py --out=runs/demo --check",
     )
     config_arguments(p)
-    p.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep; run again to go on")
-    p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: one per device)")
+    p.add_argument("--out", metavar="DIR", help="folder of the sweep; run again to go on")
+    p.add_argument("--dry-run", action="store_true", help="show the grid and what it costs here, and train nothing")
+    worker_arguments(p)
     process_arguments(p)
     metrics_arguments(p)
     p.add_argument("--check", action="store_true", help="then train the predicted horizon and compare")
     p.set_defaults(profile=None)  # of one run
+
+    p = verb(
+        "pilot",
+        _later("cli_pilot", "pilot"),
+        "choose and train pilots within a budget, and plan a longer run from them",
+        "cdl pilot --config=configs/demo.py --out=runs/pilot --T=20000 --budget=30min",
+    )
+    config_arguments(p)
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the pilots; run again to go on")
+    p.add_argument("--T", type=_whole_number, required=True, metavar="N", help="updates of the run to plan")
+    p.add_argument(
+        "--budget", required=True, metavar="B", help="of all pilots: 5%% of that run, 2h or 30min here, or 1e17 FLOPs"
+    )
+    p.add_argument(
+        "--width", type=float, default=0.02, metavar="SHARE", help="of the predicted loss: an interval narrow enough"
+    )
+    p.add_argument(
+        "--shortest", type=_whole_number, metavar="N", help="updates of the shortest (default: the config's)"
+    )
+    p.add_argument("--longest", type=_whole_number, metavar="N", help="updates of the longest (default: half of --T)")
+    worker_arguments(p)
+    metrics_arguments(p)
+    p.set_defaults(profile=None, **alone)
+
+    p = verb(
+        "worker",
+        _later("cli_sweep", "worker"),
+        "train what a sweep lacks, beside its other workers, and end",
+        "cdl worker runs/demo",
+    )
+    p.add_argument("folder", help="folder of a sweep, which all of its workers see")
+    p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: one per device)")
+    metrics_arguments(p)
+    p.add_argument("--grid", help=argparse.SUPPRESS)  # from here on, for whoever starts it
+    p.add_argument("--job", help=argparse.SUPPRESS)
+    p.add_argument("--cores", help=argparse.SUPPRESS)
+    p.add_argument("--cpus", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--tied", action="store_true", help=argparse.SUPPRESS)
+    p.set_defaults(profile=None, **alone)
+
+    p = verb(
+        "status",
+        _later("cli_store", "status"),
+        "how a sweep stands, wherever its workers run",
+        "cdl status runs/demo --watch",
+    )
+    p.add_argument("folder", help="folder of a sweep")
+    p.add_argument("--watch", action="store_true", help="look again every second, until it has ended")
+
+    p = verb("ls", _later("cli_store", "ls"), "the runs of a sweep, or the sweeps in a folder", "cdl ls runs/demo")
+    p.add_argument("folder", nargs="?", default="runs", help="folder of a sweep, or of several (default: runs)")
+
+    p = verb("show", _later("cli_store", "show"), "all that is known of a run", "cdl show runs/demo 76be")
+    p.add_argument("folder", help="folder of a sweep")
+    p.add_argument("id", help="id of the run, or how it begins")
+
+    p = verb(
+        "table",
+        _later("cli_store", "table"),
+        "results and configs of a sweep's runs, a row each",
+        "cdl table runs/demo --parquet=demo.parquet",
+    )
+    p.add_argument("folder", help="folder of a sweep")
+    p.add_argument("--csv", metavar="FILE", help="write them as CSV (default: print them so)")
+    p.add_argument("--parquet", metavar="FILE", help="write them as Parquet")
+
+    p = verb("rm", _later("cli_store", "rm"), "remove runs of a sweep", "cdl rm runs/demo --status=diverged")
+    p.add_argument("folder", help="folder of a sweep")
+    p.add_argument("ids", nargs="*", metavar="ID", help="ids of runs, or how they begin")
+    p.add_argument("--status", choices=("failed", "diverged", "done", "all"), help="all of this kind")
+    p.add_argument("--yes", action="store_true", help="do not ask")
 
     p = verb(
         "train",

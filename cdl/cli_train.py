@@ -1,4 +1,4 @@
-"""The verbs of the command line that train: `cdl train` and `cdl sweep`."""
+"""The verb of the command line that trains one run, and what it shares with those that train many."""
 
 import argparse
 import functools
@@ -24,19 +24,16 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from cdl import config as configs
-from cdl.cli_output import show_report
 from cdl.compute import Compute
 from cdl.errors import Terminated, UserError
-from cdl.laws.horizon import NoLaw
 from cdl.metrics import Metrics, OpenWriter, Profile, tensorboard_writers, wandb_writers
 from cdl.models import build as models
-from cdl.planning import CHECKS, plan
 from cdl.progress import TerminalProgress
-from cdl.report import write_report
 from cdl.sharding import make_mesh
 from cdl.sweep.grid import Point
 from cdl.sweep.layout import layout, shape_on, use_cpu_cores
-from cdl.sweep.run import parts_of, points_of, run_points
+from cdl.sweep.programs import parts_of, points_of
+from cdl.sweep.run import run_points
 from cdl.sweep.store import Store
 from cdl.train.distributed import check_same, check_shared, in_every_process, in_first_process, join_processes
 from cdl.train.flops import step_flops
@@ -44,47 +41,12 @@ from cdl.train.loop import Stopped
 from cdl.train.memory import activation_bytes, step_bytes
 from cdl.train.step import state_bytes
 
-__all__ = ["sweep", "train"]
-
-
-def sweep(arguments: argparse.Namespace) -> None:
-    """`cdl sweep`."""
-    _start_devices(arguments)
-    points = in_every_process(lambda: _grid(arguments))
-    store = _train(arguments, Path(arguments.out), points, arguments.lanes)
-    if jax.process_index() > 0:
-        return
-    try:
-        made = plan(store.root)
-    except NoLaw as e:  # the runs are what was asked for; not every grid has a law in it
-        if arguments.check:
-            raise UserError(f"the runs are done, but there is nothing to check: {e}") from e
-        print(f"The runs are done, but there is no law to fit: {e}.\nResults: {store.root}")
-        return
-    if arguments.check:
-        like = min(points, key=lambda p: p.config.seed).config  # one setting, or there were no law
-        checks = points_of(like, [dict(eta_ref=made.eta_ref, T=made.T)])
-        _console().print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
-        _train(arguments, store.root / CHECKS, checks, None)
-    show_report(*write_report(store.root))
-
-
-def _grid(arguments: argparse.Namespace) -> list[Point]:
-    config, grid = configs.load(arguments.config)
-    if grid is None:
-        raise UserError(f"--config={arguments.config!r} has no sweep(); use cdl train, or add one as configs/demo.py")
-    if arguments.check and jax.process_count() > 1:
-        raise UserError("--check is for one process; train the predicted horizon with cdl train instead")
-    changes = configs.parse_assignments(arguments.changes)
-    for field in changes:
-        if any(field in c for c in grid):
-            raise UserError(f"{field} is an axis of the sweep; change sweep() in {arguments.config}, or use cdl train")
-    return points_of(config, [changes | c for c in grid])
+__all__ = ["caught_signals", "console", "interrupted", "start_devices", "train", "train_points"]
 
 
 def train(arguments: argparse.Namespace) -> None:
     """`cdl train`."""
-    _start_devices(arguments)
+    start_devices(arguments)
     if arguments.devices is not None and not arguments.dry_run:
         raise UserError(f"--devices={arguments.devices} is for --dry-run; for a run set mesh.data, mesh.fsdp and so on")
     config = in_every_process(lambda: configs.load(arguments.config)[0])
@@ -97,7 +59,7 @@ def train(arguments: argparse.Namespace) -> None:
     points = in_every_process(lambda: points_of(config, [changes]))
     id = points[0].id
     out = Path(arguments.out) if arguments.out else Path("runs") / f"train-{id}"
-    store = _train(arguments, out, points, 1, keep=True)
+    store = train_points(arguments, out, points, 1, keep=True)
     if jax.process_index() > 0:
         return
     row = store.table().set_index("id").loc[id]
@@ -168,7 +130,7 @@ def _bytes(n: float) -> str:
     return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
 
 
-def _start_devices(arguments: argparse.Namespace) -> None:
+def start_devices(arguments: argparse.Namespace) -> None:
     """Before JAX is first used: the devices of this process, and the other processes."""
     use_cpu_cores()
     explicit = (arguments.coordinator, arguments.processes, arguments.process)
@@ -210,14 +172,22 @@ def _cpu() -> str:
     return "\n".join(line for line in first if line.startswith(told))
 
 
-def _train(
-    arguments: argparse.Namespace, root: Path, points: Sequence[Point], lanes: int | None, keep: bool = False
+def train_points(
+    arguments: argparse.Namespace,
+    root: Path,
+    points: Sequence[Point],
+    lanes: int | None,
+    *,
+    keep: bool = False,
+    give_up: bool = False,
+    wait: bool = True,
+    about: dict[str, Any] | None = None,
 ) -> Store:
-    """Train what the folder lacks of these points."""
+    """Train what the folder lacks of these points, in this process; see `cdl.sweep.run.run_points`."""
     check_same(json.dumps([[p.id, p.program] for p in points] + [root.name, lanes, keep]))  # paths may differ
     for point in points:
         layout(point.config, len(points), lanes)
-    store, console = Store(root), _console()
+    store, out = Store(root), console()
     writers: list[OpenWriter] = []
 
     def open_writers() -> None:
@@ -230,38 +200,52 @@ def _train(
     if {p.id for p in points} <= store.ids():
         many = f"all {len(points)} runs are" if len(points) > 1 else "the run is"
         profile = " or to trace" if arguments.profile else ""
-        console.print(
+        out.print(
             f"{root}: {many} there already, nothing to train{profile}.", highlight=False, soft_wrap=True, markup=False
         )
     caught: list[int] = []
     try:
-        with _signals(console, caught), ExitStack() as stack:
-            listeners: list[Any] = [stack.enter_context(TerminalProgress(console))]
+        with caught_signals(out, caught), ExitStack() as stack:
+            listeners: list[Any] = [stack.enter_context(TerminalProgress(out))]
             if jax.process_index() == 0:
-                say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+                say = functools.partial(out.print, highlight=False, markup=False, soft_wrap=True)
                 listeners += [stack.enter_context(Metrics(writers, say))] if writers else []
                 if arguments.profile:
                     steps = arguments.profile if arguments.profile > 0 else None
                     listeners.append(stack.enter_context(Profile(root / "profile", steps, say)))
-            run_points(points, store, listeners, lanes, keep=keep, stop=lambda: bool(caught))
+            run_points(
+                points,
+                store,
+                listeners,
+                lanes,
+                keep=keep,
+                give_up=give_up,
+                wait=wait,
+                about=about,
+                stop=lambda: bool(caught),
+            )
     except (Stopped, KeyboardInterrupt) as e:
-        kept = len({p.id for p in points} & store.ids())
-        saved = any(store.saved(p) for p in points)
-        begun = " and those under way are saved" if isinstance(e, Stopped) and saved else ""
-        error = Terminated if signal.SIGTERM in caught else KeyboardInterrupt
-        raise error(f"{kept} of {len(points)} runs are kept{begun}; the same command goes on from there") from None
+        raise interrupted(store, points, caught, isinstance(e, Stopped)) from None
     return store
 
 
+def interrupted(store: Store, points: Sequence[Point], caught: Sequence[int], saved: bool) -> KeyboardInterrupt:
+    """What a person is told who has interrupted a command. saved: it ended in good order."""
+    kept = len({p.id for p in points} & store.ids())
+    begun = " and those under way are saved" if saved and any(store.saved(p) for p in points) else ""
+    error = Terminated if signal.SIGTERM in caught else KeyboardInterrupt
+    return error(f"{kept} of {len(points)} runs are kept{begun}; the same command goes on from there")
+
+
 @contextmanager
-def _signals(console: Console, caught: list[int]) -> Iterator[None]:
+def caught_signals(out: Console, caught: list[int]) -> Iterator[None]:
     """SIGINT and SIGTERM are put into a list; the second of them interrupts at once."""
 
     def on_signal(number: int, frame: FrameType | None) -> Any:
         caught.append(number)
         if len(caught) > 1:
             raise KeyboardInterrupt
-        console.print("Saving what is under way; once more to leave without.", highlight=False)
+        out.print("Saving what is under way; once more to leave without.", highlight=False)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -271,6 +255,6 @@ def _signals(console: Console, caught: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _console() -> Console:
+def console() -> Console:
     """On stderr; with several processes the first one speaks."""
     return Console(stderr=True, quiet=jax.process_index() > 0, file=sys.stderr)

@@ -201,6 +201,11 @@ class Metrics:
     def finished_elsewhere(self, point: Point) -> None:
         del self._points[point.id]
 
+    def failed(self, point: Point, error: str) -> None:
+        del self._points[point.id]
+        if point.id in self._runs:
+            self._runs.pop(point.id).close(done=False)
+
     def _opened(self, open: OpenWriter, point: Point, first: int) -> ScalarWriter | None:
         try:
             return open(point, first, about(point))
@@ -322,6 +327,9 @@ class Profile:
         pass
 
     def finished_elsewhere(self, point: Point) -> None:
+        pass
+
+    def failed(self, point: Point, error: str) -> None:
         pass
 
     def _stop(self) -> None:

@@ -13,19 +13,11 @@ from cdl.sweep.grid import Point
 from cdl.train.flops import Speed, StepCost
 from cdl.train.loop import LaneStatus
 from cdl.train.step import Evaluation
+from cdl.wording import LINE_SECONDS, duration, finished_line
 
-__all__ = ["TerminalProgress", "duration"]
+__all__ = ["TerminalProgress"]
 
-LINE_SECONDS = 30.0  # between two lines where there is no terminal
 _REFRESH_SECONDS = 0.1  # of the table; several hosts report every step
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 10 min."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 
 class TerminalProgress:
@@ -100,23 +92,19 @@ class TerminalProgress:
     def finished(self, point: Point, result: Mapping[str, Any]) -> None:
         self._finished += 1
         self._advance(point.id, point.config.T)
-        loss = f"loss {result['loss']:.4f}" if result["loss"] is not None else f"[red]{result['status']}[/red]"
-        total = self._before + len(self._points)
+        number, total = self._before + self._finished, self._before + len(self._points)
+        line = finished_line(number, total, point.config.eta_ref, point.config.T, result)
         left = self._left()
-        replaced = result.get("images_replaced")
-        self._console.print(
-            f"[{self._before + self._finished:>{len(str(total))}}/{total}]"
-            f"  eta_ref {point.config.eta_ref:<6g}  T {point.config.T:<6}  {loss}  "
-            f"({duration(result['seconds'])}){f'  {replaced} broken images replaced' if replaced else ''}"
-            f"{f'  about {left}' if left else ''}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._console.print(f"{line}{f'  about {left}' if left else ''}", highlight=False, soft_wrap=True)
         self._refresh()
 
     def finished_elsewhere(self, point: Point) -> None:
         self._finished += 1
         self._work -= point.config.T * self._costs[point.id].flops
+
+    def failed(self, point: Point, error: str) -> None:
+        self.finished_elsewhere(point)
+        self._print(f"eta_ref {point.config.eta_ref:g}  T {point.config.T}  failed: {error}")
 
     def _take_up(self, lane: LaneStatus) -> None:
         """A run begins, or goes on from a checkpoint: what was done before it counts for the share, not the speed."""

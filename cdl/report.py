@@ -9,8 +9,8 @@ import jinja2
 
 from cdl.planning import Plan, plan, settings
 from cdl.plots import curves_figure, rate_figure
-from cdl.progress import duration
 from cdl.sweep.store import Store, sweep_table
+from cdl.wording import duration
 
 __all__ = ["write_report"]
 

@@ -15,7 +15,7 @@ from cdl.schedules import schedule
 from cdl.sharding import AXES
 from cdl.sweep.grid import expand, per_lane
 from cdl.sweep.layout import shape_on
-from cdl.sweep.run import parts_of, points_of
+from cdl.sweep.programs import parts_of, points_of
 from cdl.train.memory import activation_bytes
 from cdl.train.step import state_bytes
 

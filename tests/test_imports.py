@@ -13,16 +13,17 @@ ROOT = Path(cdl.__file__).parent
 # Higher may import lower. What is not listed may be imported by all.
 LAYERS = [
     {"cli"},
-    {"cli_train"},
+    {"cli_sweep"},
+    {"cli_train", "cli_store"},
     {"report", "cli_theory", "cli_laws", "cli_data"},
-    {"progress", "cli_output"},
-    {"metrics"},
+    {"launch", "progress", "status", "cli_output"},
+    {"metrics", "pilot"},
     {"planning"},
     {"sweep"},
     {"train", "config"},
     {"models", "optim", "data", "laws"},
     {"theory"},
-    {"schedules", "plots", "sharding", "compute"},
+    {"schedules", "plots", "sharding", "compute", "wording"},
     {"errors"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -80,6 +81,12 @@ def test_bounds_load_jax_alone(name: str) -> None:
 )
 def test_a_name_for_notebooks_loads_no_trainer(name: str) -> None:
     code = f"import cdl, sys; cdl.{name}; print([m for m in ('jax', 'flax', 'optax', 'grain') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_looking_at_results_loads_no_jax() -> None:
+    code = "import cdl.cli_store, sys; print([m for m in ('jax', 'flax', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

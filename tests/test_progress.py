@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from cdl.config import base, change, flatten
-from cdl.progress import LINE_SECONDS, TerminalProgress, duration
+from cdl.progress import TerminalProgress
 from cdl.sweep.grid import Point
 from cdl.train.flops import StepCost
 from cdl.train.loop import LaneStatus, Run
 from cdl.train.step import Evaluation
+from cdl.wording import LINE_SECONDS, duration
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

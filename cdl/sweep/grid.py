@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cdl.config import HOW, PATHS, change, flatten, from_flat
 from cdl.errors import UserError
 
-__all__ = ["Point", "expand", "per_lane", "product"]
+__all__ = ["Point", "chain", "expand", "per_lane", "points_in", "product", "zipped"]
 
 
 def per_lane(field: str) -> bool:
@@ -59,20 +59,75 @@ class Point:
         return f"Point({self.id}, eta_ref={self.flat['eta_ref']}, T={self.flat['T']})"
 
 
-def product(**axes: Sequence[Any] | np.ndarray) -> list[dict[str, Any]]:
-    """All combinations of the axes' values (lists or arrays), the last axis fastest.
+Grid = list[dict[str, Any]]
+
+
+def product(*grids: Sequence[Mapping[str, Any]], **axes: Sequence[Any] | np.ndarray) -> Grid:
+    """All combinations of the grids' points and the axes' values (lists or arrays), the last axis fastest.
 
     Raises:
-      UserError: an axis that is empty or repeats a value.
+      UserError: an axis or grid that is empty or repeats itself; a field that is in two of them.
 
     >>> product(T=[100, 200], eta_ref=[1.0, 3.0])[1]
     {'T': 100, 'eta_ref': 3.0}
+    >>> len(product(zipped(T=[100, 400], seed=[0, 1]), eta_ref=[1.0, 3.0]))
+    4
     """
-    lists = {name: np.asarray(v).tolist() if isinstance(v, np.ndarray) else list(v) for name, v in axes.items()}
-    for name, values in lists.items():
-        if not len(values) or len({repr(v) for v in values}) != len(values):
-            raise UserError(f"axis {name}={values} of the grid must have values, each once")
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists.values())]
+    parts = [chain(grid) for grid in grids]
+    parts += [[{name: value} for value in _values(name, values)] for name, values in axes.items()]
+    points: Grid = [{}]
+    for part in parts:
+        if twice := {field for point in part for field in point} & points[0].keys():
+            raise UserError(f"{sorted(twice)[0]} is in two axes of the product; leave it out of one")
+        points = [a | b for a, b in itertools.product(points, part)]
+    return points
+
+
+def zipped(**axes: Sequence[Any] | np.ndarray) -> Grid:
+    """The axes side by side: the first values of all, the second values of all, ...
+
+    Raises:
+      UserError: axes of different lengths, or the same point twice.
+
+    >>> zipped(**{"T": [100, 400], "data.batch_size": [8, 16]})[1]
+    {'T': 400, 'data.batch_size': 16}
+    """
+    lists = {name: _listed(values) for name, values in axes.items()}
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+        raise UserError(f"zipped axes must have as many values each ({said}); use product for all combinations")
+    return chain([dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)])
+
+
+def chain(*grids: Sequence[Mapping[str, Any]]) -> Grid:
+    """The points of all grids, one after the other; also a check of points that were listed by hand.
+
+    Raises:
+      UserError: the same point twice, or a grid without points.
+    """
+    points = [dict(point) for grid in grids for point in grid]
+    seen: set[str] = set()
+    for point in points:
+        key = repr(sorted(point.items()))
+        if key in seen:
+            raise UserError(f"the grid has the point {point} twice; remove one")
+        seen.add(key)
+    if not all(map(len, grids)):
+        raise UserError("a grid without points; leave it out")
+    return points
+
+
+def _values(name: str, values: Sequence[Any] | np.ndarray) -> list[Any]:
+    """The values of an axis, each once."""
+    listed = _listed(values)
+    if not listed or len({repr(v) for v in listed}) != len(listed):
+        raise UserError(f"axis {name}={listed} of the grid must have values, each once")
+    return listed
+
+
+def _listed(values: Sequence[Any] | np.ndarray) -> list[Any]:
+    return np.asarray(values).tolist() if isinstance(values, np.ndarray) else list(values)
 
 
 def expand(
@@ -100,6 +155,24 @@ def expand(
             raise UserError(f"the grid has the point {dict(c)} twice; remove one")
         points[point.id] = point
     return list(points.values())
+
+
+def points_in(grid: Mapping[str, Any]) -> list[Point]:
+    """The points of a grid as a store keeps it (`cdl.sweep.store.Store.grids`).
+
+    Raises:
+      UserError: this version of cdl gives them other ids.
+    """
+    points = []
+    for own in grid["points"]:
+        flat = grid["common"] | own
+        names = ("id", "data.fingerprint", "init.fingerprint")
+        id, data, init = (flat[name] for name in names)
+        point = Point({k: v for k, v in flat.items() if k not in names}, data, init)
+        if point.id != id:
+            raise UserError(f"point {id} was made by another version of cdl, here it is {point.id}; use that version")
+        points.append(point)
+    return points
 
 
 def _hash(value: Mapping[str, Any]) -> str:

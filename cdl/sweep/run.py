@@ -3,50 +3,39 @@
 With several processes (`jax.distributed`) all of them run every point together, on one mesh; the first one writes.
 """
 
+import contextlib
 import functools
-import math
 import platform
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from cdl.compute import Compute
 from cdl.data import build as data
 from cdl.errors import UserError, say
-from cdl.models import build as models
-from cdl.optim import build as optimizers
-from cdl.schedules import schedule
 from cdl.sweep import initial
-from cdl.sweep.grid import Point, expand
+from cdl.sweep.claims import Worker
+from cdl.sweep.grid import Point
 from cdl.sweep.layout import Layout, layout
-from cdl.sweep.store import Claim, Store
+from cdl.sweep.probe import choose_layout
+from cdl.sweep.programs import compiled, eta_of, eval_steps, step_cost
+from cdl.sweep.store import MOST_CRASHES, MOST_DEATHS, Claim, Store
 from cdl.train.checkpoint import Checkpoints
-from cdl.train.distributed import in_every_process, in_first_process, on_all_processes, over_processes
-from cdl.train.flops import StepCost, mfu, peak_flops, step_flops
-from cdl.train.loop import LaneStatus, Outcome, Run, Saving, Stopped, train
+from cdl.train.distributed import in_first_process, on_all_processes, over_processes
+from cdl.train.flops import Speed, StepCost, mfu
+from cdl.train.loop import LaneStatus, Outcome, Run, RunError, Saving, Stopped, train
 from cdl.train.step import Program
 
-__all__ = [
-    "Listener",
-    "environment",
-    "parts_of",
-    "points_of",
-    "program_for",
-    "run_points",
-]
+__all__ = ["Listener", "environment", "run_points"]
 
-_BLOCK_BYTES = 4 << 20  # of batches in one dispatch and lane
-_MOST_BLOCK = 64
-_MOST_WORKERS = 256
+_TELL_SECONDS = 1.0  # between two things that a process tells of itself
 _WAIT_SECONDS = 1.0  # until it is asked again whether another process has left a run
 
 
@@ -69,25 +58,9 @@ class Listener(Protocol):
         """Another process has published a point that was to run."""
         ...
 
-
-def points_of(config: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The points of a grid, each checked: whatever can be wrong with one is said before any of them runs.
-
-    Raises:
-      UserError: see `expand`, and bad values anywhere in a point's config.
-    """
-    points = expand(config, changes, lambda c: data.fingerprint(c.data), initial.fingerprint)
-    if not points:
-        raise UserError("the grid has no points; let sweep() return at least one")
-    checked: set[str] = set()
-    for point in points:
-        _eta_T(point.config)
-        _eval_steps(point.config)
-        if point.program not in checked:
-            parts_of(point.config)
-            data.build(point.config.data).check(point.config.model.to_dict())
-            checked.add(point.program)
-    return points
+    def failed(self, point: Point, error: str) -> None:
+        """A point was given up, here or elsewhere, after this error."""
+        ...
 
 
 def run_points(
@@ -97,12 +70,15 @@ def run_points(
     lanes: int | None = None,
     *,
     keep: bool = False,
+    give_up: bool = False,
+    wait: bool = True,
+    about: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train every point that the store lacks; longest first, so that the lanes end together.
 
     Runs that are stopped are saved under ``<store>/checkpoints/<id>`` and go on from there. While it is trained, a run
-    is this process's alone; for runs that others train it waits.
+    is this process's alone. Runs that have failed before come last, and when they fail once more are given up, alone.
 
     Args:
       points: distinct, from `points_of`.
@@ -110,15 +86,20 @@ def run_points(
       listeners: told of progress, one after the other.
       lanes: runs side by side; see `layout`.
       keep: keep the last checkpoint of finished runs.
+      give_up: a run that raises is tried again, in the end recorded as failed, and the others go on.
+      wait: for runs that other processes train, which may die over them.
+      about: of this process, for `cdl status`.
       stop: asked often; once it is true, runs are saved and `cdl.train.loop.Stopped` is raised.
 
     Raises:
-      UserError: a result cannot be written; more than 1% of the images are broken.
+      UserError: a result cannot be written; without `give_up`, more than 1% of the images are broken.
     """
-    finished = store.ids()
-    lacks = np.array([p.id not in finished for p in points])
+    ended = store.ids() | store.failed().keys()
+    lacks = np.array([p.id not in ended for p in points])
     if jax.process_count() > 1:
         lacks = multihost_utils.broadcast_one_to_all(lacks)  # the first one's word: the others' files may lag behind
+    else:
+        store.tidy(points)
     todo = [p for p, lacking in zip(points, lacks, strict=True) if lacking]
     if not todo:
         return
@@ -126,70 +107,169 @@ def run_points(
     groups: dict[str, list[Point]] = {}
     for point in todo:
         groups.setdefault(point.program, []).append(point)
-    layouts = {key: layout(group[0].config, len(group), lanes) for key, group in groups.items()}
-    costs = {key: _cost(group[0].config, layouts[key]) for key, group in groups.items()}
+    layouts = {
+        key: layout(group[0].config, len(group), lanes) if lanes else choose_layout(group, say)
+        for key, group in groups.items()
+    }
+    costs = {key: step_cost(group[0].config, layouts[key]) for key, group in groups.items()}
     by_point = {p.id: costs[key] for key, group in groups.items() for p in group}
-    for listener in listeners:
-        listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
-    sweep, waits = _Sweep(store, listeners, keep, stop), False
-    while groups:
-        taken = {key: _run_group(group, layouts[key], costs[key], sweep) for key, group in groups.items()}
-        groups = {key: group for key, group in taken.items() if group}
-        if groups:
-            if not waits and jax.process_index() == 0:
-                say(f"another process trains {sum(map(len, groups.values()))} of the runs; waiting for it")
-            waits = True
-            time.sleep(_WAIT_SECONDS)
-            if not on_all_processes(not stop()):
-                raise Stopped
+    with contextlib.ExitStack() as stack:
+        worker = Worker(store.root, about)
+        if jax.process_index() == 0:
+            stack.enter_context(worker)
+        listeners = [*listeners, _Telling(worker, store)]
+        for listener in listeners:
+            listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
+        sweep, waits = _Sweep(store, worker, listeners, keep, give_up, stop), False
+        while groups:
+            taken = {key: _run_group(group, layouts[key], costs[key], sweep) for key, group in groups.items()}
+            groups = {key: group for key, group in taken.items() if group}
+            if groups and not wait:
+                return
+            if groups:
+                if not waits and jax.process_index() == 0:
+                    say(f"another process trains {sum(map(len, groups.values()))} of the runs; waiting for it")
+                waits = True
+                time.sleep(_WAIT_SECONDS)
+                if not on_all_processes(not stop()):
+                    raise Stopped
 
 
 class _Sweep(NamedTuple):
     """See `run_points`."""
 
     store: Store
+    worker: Worker
     listeners: Sequence[Listener]
     keep: bool
+    give_up: bool
     stop: Callable[[], bool]
+
+
+class _Telling:
+    """A `Listener` that says in the worker's file what it does, and notices when others have thought it dead."""
+
+    def __init__(self, worker: Worker, store: Store):
+        self._worker, self._store = worker, store
+        self._costs: Mapping[str, StepCost] = {}
+        self._speed, self._steps = Speed(), Counter[str]()
+        self._told = 0.0
+
+    def start(self, todo: Sequence[Point], finished: int, lanes: int, costs: Mapping[str, StepCost]) -> None:
+        self._costs = costs
+        self._worker.tell(lanes=lanes, device=environment()["device"])
+
+    def block(self, lanes: Sequence[LaneStatus]) -> None:
+        for lane in lanes:
+            cost = self._costs[lane.run.id]
+            self._speed.add(lane.step - max(self._steps[lane.run.id], lane.first), cost)
+            self._steps[lane.run.id] = lane.step
+        self._speed.read()
+        if time.monotonic() - self._told < _TELL_SECONDS or not lanes:
+            return
+        self._told = time.monotonic()
+        costs, per_s = self._costs, self._speed.amount
+        runs = {
+            x.run.id: {"step": x.step, "loss": float(x.loss[-1]), "flops_per_step": costs[x.run.id].flops}
+            for x in lanes
+        }
+        cost = costs[lanes[0].run.id]
+        flops_per_s = per_s and per_s / cost.amount * cost.flops
+        self._worker.tell(runs=runs, unit=cost.unit, per_s=per_s, flops_per_s=flops_per_s)
+        if lost := self._store.lost():
+            raise UserError(
+                f"this process was silent for so long that another one has taken over its run {lost[0]}; it ends here, "
+                f"and the same command goes on"
+            )
+
+    def finished(self, point: Point, result: Mapping[str, Any]) -> None: ...
+
+    def finished_elsewhere(self, point: Point) -> None: ...
+
+    def failed(self, point: Point, error: str) -> None: ...
 
 
 def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sweep) -> list[Point]:
     """Train points of one program; returns those that another process trains."""
+    store = sweep.store
     taken: list[Point] = []
 
     def claimed(point: Point) -> bool:
-        claim = Claim(in_first_process(functools.partial(sweep.store.begin, point, environment())))
+        about = environment() | {"keep": sweep.keep}
+        claim = Claim(in_first_process(functools.partial(store.begin, point, sweep.worker, about)))
         if claim is Claim.TAKEN:
             taken.append(point)
-        if claim is Claim.FINISHED:
-            for listener in sweep.listeners:
+        for listener in sweep.listeners:
+            if claim is Claim.FINISHED:
                 listener.finished_elsewhere(point)
+            if claim is Claim.FAILED:
+                listener.failed(point, store.failed()[point.id]["error"])
         return claim is Claim.MINE
 
-    mine, rest = [], list(group)
-    while rest and len(mine) < where.at_once:  # before memory and time go into a program for nothing
-        point = rest.pop(0)
-        mine += [point] if claimed(point) else []
-    if mine:
+    program: Program | None = None
+    rest = list(group)
+    while rest:
+        now, rest = _next_batch(rest, store)
+        mine: set[str] = set()
+        waiting = list(now)
+        while waiting and len(mine) < where.at_once:  # before memory and time go into a program for nothing
+            point = waiting.pop(0)
+            mine |= {point.id} if claimed(point) else set()
+        if not mine:
+            continue
+        todo = [p for p in now if p.id in mine] + waiting
         try:
-            _train_group([*mine, *rest], {p.id for p in mine}, claimed, where, cost, sweep)
+            program = program or compiled(todo[0], where)
+            _train_group(program, todo, mine, claimed, where.at_once, cost, sweep)
+        except RunError as error:
+            _note_failure(next(p for p in todo if p.id == error.id), error.error, sweep)
+            ended = store.ids() | store.failed().keys() | {p.id for p in taken}
+            rest += [p for p in todo if p.id not in ended]
+        except Exception as error:
+            if not isinstance(error, UserError | Stopped):  # it may be the fault of any of them
+                for point in todo:
+                    store.release(point, failed="".join(traceback.format_exception(error)))
+            raise
         finally:
-            for point in group:
-                sweep.store.release(point)
+            for point in todo:
+                store.release(point)
     return taken
 
 
+def _next_batch(points: list[Point], store: Store) -> tuple[list[Point], list[Point]]:
+    """What to train now, and what after that: first those that nothing is known against; runs on their last try alone,
+    so that none takes others down with it."""
+    tries = {p.id: store.attempts(p) for p in points}
+    last = [p for p in points if tries[p.id].crashes >= MOST_CRASHES - 1 or tries[p.id].deaths >= MOST_DEATHS - 1]
+    others = sorted((p for p in points if p not in last), key=lambda p: tries[p.id].crashes + tries[p.id].deaths)
+    return (others, last) if others else (last[:1], last[1:])
+
+
+def _note_failure(point: Point, error: Exception, sweep: _Sweep) -> None:
+    """A run has raised: try it again, or give it up."""
+    if not sweep.give_up:
+        raise error
+    user = isinstance(error, UserError)  # which will not go away by itself
+    said = str(error) if user else "".join(traceback.format_exception(error))
+    if user or sweep.store.attempts(point).crashes + 1 >= MOST_CRASHES:
+        sweep.store.fail(point, said)
+        for listener in sweep.listeners:
+            listener.failed(point, said.strip().splitlines()[-1])
+    else:
+        sweep.store.release(point, failed=said)
+
+
 def _train_group(
+    program: Program,
     group: Sequence[Point],
     mine: set[str],
     claimed: Callable[[Point], bool],
-    where: Layout,
+    at_once: int,
     cost: StepCost,
     sweep: _Sweep,
 ) -> None:
     """Train points of one program, but for those that are not `mine` and cannot be `claimed` when it is their turn."""
-    store, listeners, keep, stop = sweep
-    c, program = group[0].config, program_for(group[0], where)
+    store, listeners, keep, c = sweep.store, sweep.listeners, sweep.keep, group[0].config
     by_id = {p.id: p for p in group}
     opened: dict[str, Checkpoints] = {}  # of the runs under way
     replaced = _Replaced()
@@ -237,15 +317,13 @@ def _train_group(
         for listener in listeners:
             listener.finished(point, result)
 
-    # Its iterator ends with it, and with that the threads or processes that read ahead.
-    program.compile(in_every_process(lambda: next(data.build(c.data).batches(c.seed, 0, part=program.part))))
     outcomes = train(
         program,
         (_run_of(p, program, replaced) for p in group),
         on_block,
-        at_once=where.at_once,
+        at_once=at_once,
         saving=Saving(open, c.checkpoint.seconds, c.checkpoint.steps, keep),
-        stop=lambda: bool(unwritten) or stop(),
+        stop=lambda: bool(unwritten) or sweep.stop(),
     )
     together = True
     try:
@@ -283,26 +361,6 @@ class _Replaced:
         self.of[point.id] += images
 
 
-def program_for(point: Point, where: Layout) -> Program:
-    """The program that runs this point and all points with an equal `program`."""
-    c = point.config
-    model, optimizer = parts_of(c)
-    dataset = data.build(c.data)
-    heldout = dataset.heldout(c.eval.size)
-    bytes_of_batch = sum(x[0].nbytes for x in jax.tree.leaves(heldout))
-    return Program(
-        model,
-        optimizer,
-        heldout,
-        lanes=where.lanes,
-        mesh=where.mesh,
-        # Processes that run one program together must not differ in how many steps they send: one at a time.
-        block=min(_MOST_BLOCK, max(1, _BLOCK_BYTES // bytes_of_batch)) if jax.process_count() == 1 else 1,
-        prepare=dataset.prepare,
-        microbatches=c.compute.microbatches,
-    )
-
-
 @functools.cache  # asked for at every claim, of every run and every second that one waits for others
 def environment() -> dict[str, Any]:
     """What runs in this process are computed by: the name of the devices, processes, versions."""
@@ -315,65 +373,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cost(c: ConfigDict, where: Layout) -> StepCost:
-    """What a step of a run takes, on its share of the devices."""
-    dataset = data.build(c.data)
-    batch = jax.eval_shape(dataset.prepare, jax.tree.map(lambda x: x[0], dataset.heldout(1)))
-    model = models.build(c.model.to_dict(), Compute(attention="xla"))  # fused attention hides what it computes
-    peak = peak_flops(where.mesh.devices.flat[0].device_kind, c.model.dtype)
-    devices = where.mesh.size / where.lanes
-    return StepCost(dataset.unit, dataset.per_batch, step_flops(model, batch), peak and peak * devices)
-
-
-def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
-    """Model and optimizer of a run, and all checks of it that need no data.
-
-    Raises:
-      UserError: bad values anywhere in the config, or parts that do not fit together.
-    """
-    _eta_T(c)
-    _eval_steps(c)
-    if not 0 <= c.compute.workers <= _MOST_WORKERS:
-        raise UserError(f"compute.workers={c.compute.workers} must be from 0 to {_MOST_WORKERS}; one a core is plenty")
-    how = c.checkpoint
-    if how.seconds <= 0 or how.steps < 0 or how.keep < 1:
-        raise UserError(
-            f"checkpoint.seconds={how.seconds}, checkpoint.steps={how.steps}, checkpoint.keep={how.keep}: must be "
-            f"positive, at least 0 and at least 1"
-        )
-    model = models.build(c.model.to_dict(), Compute(**c.compute.to_dict()))
-    if model.data != c.data.name:
-        raise UserError(f"model.name={c.model.name!r} takes data.name={model.data!r} and not {c.data.name!r}")
-    data.check_section(c.data, c.model.to_dict())
-    if c.init and not Path(c.init).expanduser().exists():
-        raise UserError(f"init={c.init!r} does not exist; give safetensors, or the checkpoints of a run")
-    if c.compute.microbatches > 1 and jax.tree.leaves(jax.eval_shape(model.init, 0)[1]):
-        raise UserError(
-            f"compute.microbatches={c.compute.microbatches}: model.name={c.model.name!r} normalises over the whole "
-            f"batch; use 1, and more devices along mesh.data"
-        )
-    return model, optimizers.build(c.optimizer.to_dict(), model.rules)
-
-
-def _eta_T(c: ConfigDict) -> np.ndarray:
-    if not 0 <= c.seed < 2**32:
-        raise UserError(f"seed={c.seed} must be in [0, 2^32)")
-    if not 0 < c.eta_ref < math.inf:
-        raise UserError(f"eta_ref={c.eta_ref} must be a positive number")
-    arguments = c.schedule.to_dict()
-    eta_T = schedule(arguments.pop("name"), c.T, peak=c.eta_ref / max(c.T, 1) ** 0.5, **arguments)
-    if not eta_T.any():
-        raise UserError(f"schedule {c.schedule.name!r} has no positive rate at T={c.T}; use a longer T")
-    return eta_T
-
-
-def _eval_steps(c: ConfigDict) -> tuple[int, ...]:
-    if c.eval.times < 1 or c.eval.size < 1:
-        raise UserError(f"eval.times={c.eval.times} and eval.size={c.eval.size} must be at least 1")
-    times = min(c.eval.times, c.T)
-    return tuple(sorted({max(1, round(c.T * i / times)) for i in range(1, times + 1)}))
-
-
 def _run_of(point: Point, program: Program, replaced: _Replaced) -> Run:
     c = point.config
     batches = functools.partial(
@@ -384,7 +383,7 @@ def _run_of(point: Point, program: Program, replaced: _Replaced) -> Run:
         on_replaced=functools.partial(replaced.add, point),
     )
     weights = functools.partial(initial.load, c) if c.init else None
-    return Run(point.id, c.seed, _eta_T(c), _eval_steps(c), batches, weights)
+    return Run(point.id, c.seed, eta_of(c), eval_steps(c), batches, weights)
 
 
 def _result(point: Point, outcome: Outcome, program: Program, cost: StepCost, replaced: _Replaced) -> dict[str, Any]:

@@ -1,25 +1,29 @@
 """Results on disk: one folder per finished point, complete or absent.
 
-    runs/demo/sweep.json            what the sweep's points have in common, and their ids
+    runs/demo/sweep.json            what the sweep's points have in common
+    runs/demo/grids/<hash>.json     a grid that was asked for: the points of one command
     runs/demo/<id>/point.json       config, and fingerprints of its data and of the weights that it starts from
     runs/demo/<id>/curve.parquet    step, eta, train_loss, eval_loss (rows: see `cdl.train.loop`)
     runs/demo/<id>/result.json      status, final losses, time, versions
     runs/demo/checkpoints/<id>/     of a run under way, and of a finished one whose weights are kept: run.json (config,
-                                    devices, versions), the lock of the process that trains it, its checkpoints
+                                    devices, versions), claims of processes that train it, its checkpoints; failed.json
+                                    where it was given up
+    runs/demo/workers/<name>.json   a process that trains (see `cdl.sweep.claims`)
 
-The folder of a point is written under a temporary name and renamed, so a reader sees all of it or nothing, and a crash
-leaves at most a temporary folder that the next sweep removes. Tables are made by reading the folders.
+No file is shared but by readers. The folder of a point is written under a temporary name and renamed, so a reader sees
+all of it or nothing; what a crash leaves lies in checkpoints/<id>, which the next process to train the run clears.
+Tables are made by reading the folders.
 """
 
 import contextlib
-import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -27,30 +31,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
-from cdl.errors import UserError, say
+from cdl.errors import UserError
+from cdl.sweep.claims import TEMPORARY, Attempts, Claims, Worker, create, replace
 
 if TYPE_CHECKING:  # a reader of results needs no model
     from cdl.sweep.grid import Point
 
-__all__ = ["Claim", "Store", "sweep_table"]
+__all__ = ["Claim", "Store", "grid_name", "sweep_table"]
 
 _RECORD = "sweep.json"
-_TEMPORARY = ".writing-"
-_LOCK_SECONDS = 30.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FAILED = "failed.json"
+_ID = re.compile(r"[0-9a-f]{12}")
 _STALE_SECONDS = 3600  # writing takes milliseconds; one this old belongs to nobody
+MOST_CRASHES = 3  # then a run is given up
+MOST_DEATHS = 10  # killed processes say less about the run
 _FINGERPRINTS = {"data.fingerprint": "saw other text", "init.fingerprint": "started from other weights"}
 _FIRST = ["id", "status", "eta_ref", "T", "seed", "eta_peak", "loss", "train_loss", "seconds"]
 
 
 class Claim(IntEnum):
-    """What comes of `Store.begin`: the point is this process's, or another trains it, or has finished it."""
+    """What comes of `Store.begin`: the point is this process's, another trains it, it is finished, or given up."""
 
     MINE = 0
     TAKEN = 1
     FINISHED = 2
+    FAILED = 3
 
 
 class Store:
@@ -58,34 +64,32 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        self._locks: dict[str, FileLock] = {}
+        self.claims = Claims(self.root)
+        self._mine: dict[str, Path] = {}  # id -> claim
 
     def open_for(self, points: "Sequence[Point]") -> None:
-        """Make the folder this sweep's, or extend it by these points; remove what a crash left half-written.
+        """Make the folder this sweep's, or extend it by these points.
 
         A sweep may grow along eta_ref, T, seed and the axes that its grid varied when it was begun.
 
         Raises:
           UserError: the folder holds a sweep that differs in another field, or something that is no sweep.
         """
-        self._merged(points)  # says what is wrong before anything is made
+        self._check(points)  # says what is wrong before anything is made
+        grids = self.root / "grids"
         self.root.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            self._remove_leftovers()
-            merged = json.dumps(self._merged(points), indent=1)
-            record = self.root / _RECORD
-            if not record.is_file() or record.read_text() != merged:
-                _replace(record, merged)
+        if not create(self.root / _RECORD, json.dumps({"fixed": _common(points)}, indent=1)):
+            self._check(points)  # another process may have been first
+        grids.mkdir(exist_ok=True)
+        create(grids / f"{grid_name(points)}.json", _grid_text(points))
+        self._remove_leftovers()
 
-    def _merged(self, points: "Sequence[Point]") -> dict[str, Any]:
-        """What sweep.json has to say of these points and of those that are there."""
-        fixed = _common(points)
+    def _check(self, points: "Sequence[Point]") -> None:
         record = self.root / _RECORD
-        ids = {p.id for p in points}
         if record.is_file():
-            old = _read_json(record, "this file")
+            old, fixed = _read_json(record, "this file")["fixed"], _common(points)
             # Names first: another optimizer also has other arguments, but that is not the news.
-            for field, there in sorted(old["fixed"].items(), key=lambda x: (not x[0].endswith(".name"), x[0])):
+            for field, there in sorted(old.items(), key=lambda x: (not x[0].endswith(".name"), x[0])):
                 here = fixed.get(field, "varied")
                 if field in _FINGERPRINTS and here != there:
                     raise UserError(
@@ -96,84 +100,134 @@ class Store:
                         f"{self.root} belongs to another sweep: {field} is {there!r} there and {here!r} here; "
                         f"choose another --out, or set {field}={there}"
                     )
-            fixed = old["fixed"]
-            ids |= set(old["points"])
         elif self.root.is_file():
             raise UserError(f"--out={str(self.root)!r} is a file; choose a folder")
-        elif self.root.is_dir() and any(not f.name.startswith(_TEMPORARY) for f in self.root.iterdir()):
+        elif self.root.is_dir() and any(not f.name.startswith(TEMPORARY) for f in self.root.iterdir()):
+            if record.is_file():
+                self._check(points)  # another process has just made it
+                return
             raise UserError(f"--out={str(self.root)!r} holds other files and no sweep; choose a new folder")
-        return {"fixed": fixed, "points": sorted(ids)}
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process is in here for this folder, where the file system has locks."""
-        lock = _lock(self.root / f"{_TEMPORARY}lock", _LOCK_SECONDS)
-        with contextlib.suppress(OSError):
-            lock.acquire()  # Timeout is an OSError too
-        try:
-            yield
-        finally:
-            _unlock(lock)
 
     def _remove_leftovers(self) -> None:
-        for left in self.root.glob(f"{_TEMPORARY}*"):
-            with contextlib.suppress(FileNotFoundError):  # it was not left, but is finished now
-                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        self.claims.forget_dead(self.begun())
+        for folder in (self.root, self.root / "grids", self.root / "workers"):
+            for left in folder.glob(f"{TEMPORARY}*"):
+                with contextlib.suppress(OSError):  # it was not left, but is finished now
+                    if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def ids(self) -> set[str]:
         """Ids of the finished points, done or diverged."""
-        return {f.parent.name for f in self.root.glob("*/result.json") if not f.parent.name.startswith(".")}
+        try:
+            with os.scandir(self.root) as entries:
+                return {e.name for e in entries if _ID.fullmatch(e.name) and e.is_dir()}
+        except FileNotFoundError:
+            return set()
+
+    def failed(self) -> dict[str, dict[str, Any]]:
+        """Of the points that were given up, id -> what is known: status, error, traceback, attempts."""
+        files = self.root.glob(f"checkpoints/*/{_FAILED}")
+        return {f.parent.name: _read_json(f, f"the folder {f.parent}") for f in files}
+
+    def grids(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The grids that were asked for, oldest first, or the one of that name (`grid_name`), as
+        `cdl.sweep.grid.points_in` reads them."""
+        files = [self.root / "grids" / f"{name}.json"] if name else (self.root / "grids").glob("*.json")
+        ordered = sorted(files, key=lambda f: f.stat().st_mtime_ns if f.exists() else 0)
+        return [_read_json(f, "this file") for f in ordered]
 
     def expected(self) -> set[str]:
         """Ids of all points that sweeps into this folder were asked for."""
-        record = self.root / _RECORD
-        return set(_read_json(record, "this file")["points"]) if record.is_file() else self.ids()
+        return {point["id"] for grid in self.grids() for point in grid["points"]} or self.ids()
 
     def checkpoints(self, point: "Point") -> Path:
         """The folder in which a point is saved while it is trained."""
         return self.root / "checkpoints" / point.id
 
-    def saved(self, point: "Point") -> bool:
-        """Has it a checkpoint?"""
-        return any(re.fullmatch(r"step_\d+", f.name) for f in self.checkpoints(point).glob("step_*"))
+    def saved(self, point: "Point") -> int | None:
+        """The step of its newest checkpoint."""
+        names = (re.fullmatch(r"step_(\d+)", f.name) for f in self.checkpoints(point).glob("step_*"))
+        return max((int(m[1]) for m in names if m), default=None)
 
-    def begin(self, point: "Point", environment: Mapping[str, Any]) -> Claim:
-        """Make a point this process's, until `release` or its end, and write down what runs, and on what.
+    def attempts(self, point: "Point") -> Attempts:
+        """How often the point was begun in vain since it last got further."""
+        return self.claims.attempts(self.checkpoints(point), self.saved(point) or 0)
 
-        Where that cannot be done the run is worth more, and may go on.
+    def begin(self, point: "Point", worker: Worker, about: Mapping[str, Any]) -> Claim:
+        """Make a point this process's, until `release` or its end. A point begun in vain too often is given up.
+
+        Args:
+          about: what run.json says besides what runs: on which devices, by which versions; keep: are weights kept?
+
+        Raises:
+          OSError: nothing can be written.
         """
+        folder = self.checkpoints(point)
         if self._finished(point):
             return Claim.FINISHED
-        folder = self.checkpoints(point)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return Claim.MINE  # nothing can be written, as saving will say
-        lock = _lock(folder / "lock", 0)
-        try:
-            lock.acquire()
-        except Timeout:
+        if (folder / _FAILED).is_file():
+            return Claim.FAILED
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = self.claims.take(folder, worker.name, self.saved(point) or 0)
+        if claim is None:
             return Claim.TAKEN
-        except OSError as e:
-            if e.errno not in _FULL:
-                say(f"{folder} cannot be locked ({e.strerror}); take care that no other command trains this run")
-            return Claim.MINE
-        self._locks[point.id] = lock
+        self._mine[point.id] = claim
         if self._finished(point):  # by another process, in these milliseconds
             self.release(point)
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # not if weights are kept in it
             return Claim.FINISHED
-        said = _described(point) | dict(environment) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
-        with contextlib.suppress(OSError):
-            _replace(folder / "run.json", json.dumps(said, indent=1))
+        tries = self.attempts(point)
+        if tries.crashes >= MOST_CRASHES or tries.deaths >= MOST_DEATHS:
+            died = f"its process was killed, or lost, {tries.deaths} times before the run got further"
+            self.release(point)
+            self._give_up(point, tries.said or died)
+            return Claim.FAILED
+        for left in folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        said = _described(point) | dict(about) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+        replace(folder / "run.json", json.dumps(said, indent=1))
         return Claim.MINE
 
-    def release(self, point: "Point") -> None:
-        """Let others have a point that was begun."""
-        if lock := self._locks.pop(point.id, None):
-            _unlock(lock)
+    def release(self, point: "Point", failed: str | None = None) -> None:
+        """Let others have a point that was begun. failed: what went wrong, where something did."""
+        if claim := self._mine.pop(point.id, None):
+            if self._finished(point):
+                _clear(claim.parent)
+            else:
+                self.claims.end(claim, "released" if failed is None else "failed", failed or "")
+
+    def tidy(self, points: "Iterable[Point]") -> None:
+        """Clear what is left of finished points, whose process was killed right after it had published them."""
+        for point in points:
+            folder = self.checkpoints(point)
+            if self._finished(point) and any(folder.glob("claim-*")) and not self.claims.holder(folder):
+                _clear(folder)
+
+    def lost(self) -> list[str]:
+        """Ids of points that were this process's until another one thought it dead."""
+        return [id for id, claim in self._mine.items() if self.claims.superseded(claim)]
+
+    def fail(self, point: "Point", trouble: str) -> None:
+        """Give up a point that is this process's. trouble: what went wrong, the most telling line last."""
+        self.release(point, failed=trouble)
+        self._give_up(point, trouble)
+
+    def _give_up(self, point: "Point", trouble: str) -> None:
+        tries = self.attempts(point)
+        record = {
+            "status": "failed",
+            "error": trouble.strip().splitlines()[-1] if trouble.strip() else "unknown",
+            "traceback": trouble,
+            "attempts": tries.crashes + tries.deaths,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        replace(self.checkpoints(point) / _FAILED, json.dumps(record, indent=1))
+
+    def retry(self, points: "Iterable[Point]") -> None:
+        """Points that were given up may be tried again."""
+        for point in points:
+            if (failed := self.checkpoints(point) / _FAILED).is_file():
+                self.claims.forgive(failed.parent)
+                failed.unlink(missing_ok=True)
 
     def write(self, point: "Point", curve: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> None:
         """Publish a finished point. One that is already there stays as it is.
@@ -181,7 +235,9 @@ class Store:
         Raises:
           OSError: the disk is full, say; nothing is left behind.
         """
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.root))
+        folder = self.checkpoints(point)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
         try:
             temporary.chmod(0o755)  # mkdtemp makes it private, results are not
             pd.DataFrame(dict(curve)).to_parquet(temporary / "curve.parquet", index=False)
@@ -195,9 +251,19 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
             if not self._finished(point):  # nobody else was first
                 raise
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing was saved
+
+    def remove(self, ids: Iterable[str]) -> None:
+        """Remove points for good: their results, and what is saved of them."""
+        for folder in [f for id in ids for f in (self.root / id, self.root / "checkpoints" / id)]:
+            if folder.is_dir():
+                doomed = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.root)) / folder.name
+                folder.rename(doomed)  # first: half of a result is none
+                shutil.rmtree(doomed.parent)
 
     def _finished(self, point: "Point") -> bool:
-        return (self.root / point.id / "result.json").is_file()
+        return (self.root / point.id).is_dir()
 
     def curve(self, id: str) -> pd.DataFrame:
         """The curve of one point: columns step, eta, train_loss, eval_loss."""
@@ -207,19 +273,25 @@ class Store:
         except (OSError, ValueError) as e:  # pyarrow's errors are both
             raise UserError(f"{path} is damaged; remove the folder {path.parent} and run the sweep again") from e
 
+    def result(self, id: str) -> dict[str, Any]:
+        """What is known of one finished point: results, then every config field and fingerprint."""
+        folder = self.root / id
+        point, result = (_read_json(folder / f, f"the folder {folder}") for f in ("point.json", "result.json"))
+        if "config" not in point or "loss" not in result:
+            raise UserError(f"{folder} is damaged: a field is missing; remove it and run the sweep again")
+        fingerprints = {field: point.get(field, "") for field in _FINGERPRINTS}
+        return {"id": id} | result | point["config"] | fingerprints
+
+    def begun(self) -> list[Path]:
+        """The folders of points under way, given up, or kept weights of."""
+        return sorted((self.root / "checkpoints").glob("*"))
+
     def table(self) -> pd.DataFrame:
         """One row per finished point: id, status, results, then every config field; by eta_ref, then T.
 
         `loss` is the held-out loss after update T, in nats a token; NaN where the run diverged.
         """
-        rows = []
-        for id in self.ids():
-            folder = self.root / id
-            point, result = (_read_json(folder / f, f"the folder {folder}") for f in ("point.json", "result.json"))
-            if "config" not in point or "loss" not in result:
-                raise UserError(f"{folder} is damaged: a field is missing; remove it and run the sweep again")
-            fingerprints = {field: point.get(field, "") for field in _FINGERPRINTS}
-            rows.append({"id": id} | result | point["config"] | fingerprints)
+        rows = [self.result(id) for id in self.ids()]
         if not rows:
             return pd.DataFrame(columns=pd.Index(_FIRST))
         table = pd.DataFrame(rows).astype({"loss": float, "train_loss": float})
@@ -240,6 +312,11 @@ def sweep_table(folder: str | Path) -> pd.DataFrame:
     return table
 
 
+def grid_name(points: "Sequence[Point]") -> str:
+    """The name of these points' grid in a store."""
+    return hashlib.sha256(_grid_text(points).encode()).hexdigest()[:12]
+
+
 def _common(points: "Sequence[Point]") -> dict[str, Any]:
     """What all points share, without eta_ref, T and seed, along which any sweep may grow."""
     first = points[0].identity
@@ -250,27 +327,28 @@ def _common(points: "Sequence[Point]") -> dict[str, Any]:
     }
 
 
-def _lock(file: Path, seconds: float) -> FileLock:
-    # Where there are no locks filelock would leave a mark, which outlives a process that is killed.
-    return FileLock(file, timeout=seconds, fallback_to_soft=False)
-
-
-def _unlock(lock: FileLock) -> None:
-    if lock.is_locked:
-        with contextlib.suppress(OSError):
-            Path(lock.lock_file).unlink()
-    lock.release()
+def _clear(folder: Path) -> None:
+    """Leave of a finished point's checkpoints what is to be kept."""
+    run = folder / "run.json"
+    with contextlib.suppress(OSError, UserError):
+        if run.exists() and not _read_json(run, "").get("keep"):
+            shutil.rmtree(folder, ignore_errors=True)
+    for file in [*folder.glob("claim-*"), *folder.glob(f"{TEMPORARY}*"), run]:
+        shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # unless there are weights in it
 
 
 def _described(point: "Point") -> dict[str, Any]:
     return {"id": point.id, "config": point.flat} | point.fingerprints
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f"{_TEMPORARY}{os.getpid()}-{file.name}")
-    temporary.write_text(text)
-    temporary.rename(file)
+def _grid_text(points: "Sequence[Point]") -> str:
+    """The points of a grid: what all of them have, and what each has besides, with its id."""
+    flats = [p.flat | p.fingerprints for p in points]
+    common = {k: v for k, v in flats[0].items() if all(k in f and f[k] == v for f in flats)}
+    own = [{"id": p.id} | {k: v for k, v in f.items() if k not in common} for p, f in zip(points, flats, strict=True)]
+    return json.dumps({"common": common, "points": own})
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:

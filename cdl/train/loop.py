@@ -9,6 +9,7 @@ With several processes each runs this loop, and makes the same decisions at the 
 all of them read, among them each other's wishes to save or to stop.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ import numpy as np
 from cdl.train.checkpoint import Checkpoints, Restored
 from cdl.train.step import Evaluation, Program, StepMetrics, TrainState
 
-__all__ = ["LaneStatus", "Outcome", "Run", "Saving", "Stopped", "train"]
+__all__ = ["LaneStatus", "Outcome", "Run", "RunError", "Saving", "Stopped", "train"]
 
 BLOCK_SECONDS = 0.25  # aim for one dispatch: long against its overhead, short for a person who watches
 BLOCKS_IN_FLIGHT = 2  # dispatched but unread: the devices never wait for the host
@@ -29,6 +30,25 @@ BLOCKS_IN_FLIGHT = 2  # dispatched but unread: the devices never wait for the ho
 
 class Stopped(Exception):
     """Training was asked to stop, and did, with every run saved."""
+
+
+class RunError(Exception):
+    """A run could not begin, or its batches could not be read. id: of the run. error: why."""
+
+    def __init__(self, id: str, error: Exception):
+        super().__init__(id, error)
+        self.id, self.error = id, error
+
+
+@contextlib.contextmanager
+def _by(run: "Run") -> Iterator[None]:
+    """What is raised in here is a matter of this run; what devices raise is of all that are on them."""
+    try:
+        yield
+    except (RunError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise RunError(run.id, error) from error
 
 
 @dataclass(frozen=True)
@@ -193,8 +213,8 @@ def train(
 
     Raises:
       Stopped: `stop` said so. With `saving`, all runs that have begun are on disk.
-      Exception: what a run raised that could not begin, or whose batches could not be read; with `saving`, and in a
-        single process, all runs that have begun are on disk then, too.
+      RunError: from what a run raised that could not begin, or whose batches could not be read. Exception: what
+        `saving.open` raised. With `saving`, and in a single process, all runs that have begun are on disk then, too.
     """
     waiting = deque(runs)
     lanes: list[_Live | None] = [None] * program.lanes
@@ -263,7 +283,9 @@ def _refill(
             if saving and not checkpoints:
                 continue
             live = _Live(run, checkpoints)
-            if not live.start(program, i):
+            with _by(run):
+                there = live.start(program, i)
+            if not there:
                 fresh[i] = live
             elif live.ended:
                 outcomes.append(_outcome(live))
@@ -273,7 +295,9 @@ def _refill(
         program.fill({i: live.run.seed for i, live in fresh.items()})
     for i, live in fresh.items():
         if live.run.initial:
-            program.put_weights(i, *live.run.initial())
+            with _by(live.run):
+                weights = live.run.initial()
+            program.put_weights(i, *weights)
     for i, live in fresh.items():
         lanes[i] = live
     return outcomes
@@ -308,7 +332,8 @@ def _read_batches(
         n, first = steps[i // per_row], live.step
         eta_RxK[i, :n] = live.run.eta_T[first : first + n]
         for k in range(n):
-            batch = next(live.batches)
+            with _by(live.run):
+                batch = next(live.batches)
             if batch_RxK is None:
                 batch_RxK = jax.tree.map(lambda x: np.zeros((R, K, *x.shape), x.dtype), batch)
             for all_RxK, one in zip(jax.tree.leaves(batch_RxK), jax.tree.leaves(batch), strict=True):

@@ -55,7 +55,7 @@ def measure(config_path: str, seconds: float, busy: int, devices: int) -> dict[s
     from cdl import config as configs
     from cdl.sharding import make_mesh
     from cdl.sweep.layout import Layout
-    from cdl.sweep.run import points_of, program_for
+    from cdl.sweep.programs import points_of, program_for
 
     config, _ = configs.load(config_path)
     (point,) = points_of(config, [{}])

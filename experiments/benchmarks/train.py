@@ -300,7 +300,7 @@ def ours(values: list[Any], optimizer: str, batch: int, seconds: float, save: st
       seconds: of the measurement; 0 for the first loss alone. save: a folder for the initial weights; "" for none.
     """
     from cdl.sweep.layout import layout, use_cpu_cores
-    from cdl.sweep.run import points_of, program_for
+    from cdl.sweep.programs import points_of, program_for
 
     use_cpu_cores()
     import jax

@@ -11,7 +11,7 @@ from cdl.errors import UserError
 from cdl.models.build import MODELS
 from cdl.optim.build import OPTIMIZERS
 from cdl.schedules import SHAPES
-from cdl.sweep.grid import Point, expand, product
+from cdl.sweep.grid import Point, chain, expand, product, zipped
 
 
 def point(fingerprint: str = "f", **changes: Any) -> Point:
@@ -52,6 +52,27 @@ def test_product_is_complete_and_in_order() -> None:
     for axes in (dict(a=[]), dict(a=[1, 1]), dict(a=[0.1, 0.1])):
         with pytest.raises(UserError, match="axis a"):
             product(**axes)
+
+
+def test_grids_are_made_of_grids() -> None:
+    sizes = zipped(**{"model.n_layer": [1, 2], "model.d_model": np.array([16, 32])})
+    assert sizes == [{"model.n_layer": 1, "model.d_model": 16}, {"model.n_layer": 2, "model.d_model": 32}]
+    assert product(sizes, T=[5, 6])[1:3] == [sizes[0] | {"T": 6}, sizes[1] | {"T": 5}]
+    assert chain(product(T=[1, 2]), [{"T": 3}]) == product(T=[1, 2, 3])
+
+
+def test_what_a_grid_would_drop_or_repeat_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"as many values each \(T has 3, seed has 2\)"):
+        zipped(T=[1, 2, 3], seed=[0, 1])
+    with pytest.raises(UserError, match=r"point \{'T': 1, 'seed': 0\} twice"):
+        zipped(T=[1, 1], seed=[0, 0])
+    with pytest.raises(UserError, match="T is in two axes"):
+        product([{"T": 1}], T=[5])
+    with pytest.raises(UserError, match=r"point \{'T': 2\} twice"):
+        chain([{"T": 2}], [{"T": 2}])
+    for empty in (lambda: chain([]), lambda: product([], T=[1]), lambda: zipped(T=[])):
+        with pytest.raises(UserError, match="without points"):
+            empty()
 
 
 def test_expand_refuses_a_point_twice_and_unknown_fields() -> None:

@@ -25,7 +25,7 @@ from cdl.optim import build as optimizers
 from cdl.schedules import schedule
 from cdl.sharding import AXES, ShardingRule, make_mesh
 from cdl.sweep import initial
-from cdl.sweep.run import points_of
+from cdl.sweep.programs import points_of
 from cdl.sweep.store import Store, sweep_table
 from cdl.train.checkpoint import read_weights
 from cdl.train.loop import Run, train

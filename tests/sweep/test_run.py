@@ -22,7 +22,8 @@ from cdl.config import flatten, load
 from cdl.errors import UserError
 from cdl.planning import plan
 from cdl.sweep.grid import Point
-from cdl.sweep.run import points_of, run_points
+from cdl.sweep.programs import points_of
+from cdl.sweep.run import run_points
 from cdl.sweep.store import Store, sweep_table
 from cdl.train.checkpoint import Checkpoints
 
@@ -94,6 +95,7 @@ class Nobody:
     def block(self, *_: Any) -> None: ...
     def finished(self, *_: Any) -> None: ...
     def finished_elsewhere(self, *_: Any) -> None: ...
+    def failed(self, *_: Any) -> None: ...
 
 
 @pytest.mark.parametrize("file", [TINY, pytest.param(TINY.replace("tiny", "tiny_images"), marks=pytest.mark.slow)])

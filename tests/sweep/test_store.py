@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from cdl.config import base, change, flatten
 from cdl.errors import UserError
+from cdl.sweep.claims import Worker
 from cdl.sweep.grid import Point
 from cdl.sweep.store import Claim, Store, sweep_table
 
@@ -48,24 +46,28 @@ def test_a_point_that_is_there_is_never_overwritten(tmp_path: Path) -> None:
     store.write(p, CURVE, RESULT)
     store.write(p, CURVE, RESULT | dict(loss=99.0))
     assert sweep_table(store.root)["loss"].tolist() == [0.5]
-    assert {f.name for f in store.root.iterdir()} == {"sweep.json", p.id}  # nothing temporary is left
+    assert {f.name for f in store.root.iterdir()} == {"sweep.json", "grids", "checkpoints", p.id}
+    assert not list(store.root.rglob(".writing-*"))
 
 
 def test_a_point_has_one_process_at_a_time(tmp_path: Path) -> None:
     ours, theirs, p = Store(tmp_path / "s"), Store(tmp_path / "s"), point(T=7)
     ours.open_for([p])
-    assert ours.begin(p, {"device": "abacus"}) is Claim.MINE
-    said = json.loads((ours.checkpoints(p) / "run.json").read_text())
-    assert said["config"] == p.flat  # before the first step
-    assert said["device"] == "abacus"
-    assert theirs.begin(p, {}) is Claim.TAKEN
-    ours.release(p)
-    assert theirs.begin(p, {}) is Claim.MINE
-    assert ours.begin(p, {}) is Claim.TAKEN
-    theirs.write(p, CURVE, RESULT)
-    theirs.release(p)
-    assert ours.begin(p, {}) is Claim.FINISHED
+    with Worker(ours.root) as we, Worker(ours.root) as they:
+        assert ours.begin(p, we, {"device": "abacus"}) is Claim.MINE
+        said = json.loads((ours.checkpoints(p) / "run.json").read_text())
+        assert said["config"] == p.flat  # before the first step
+        assert said["device"] == "abacus"
+        assert theirs.begin(p, they, {}) is Claim.TAKEN
+        ours.release(p)
+        assert theirs.begin(p, they, {}) is Claim.MINE
+        assert ours.begin(p, we, {}) is Claim.TAKEN
+        theirs.write(p, CURVE, RESULT)
+        theirs.release(p)
+        assert ours.begin(p, we, {}) is Claim.FINISHED
     assert ours.ids() == {p.id}
+    assert {f.name for f in ours.root.iterdir()} == {"sweep.json", "grids", "checkpoints", p.id}
+    assert not list((ours.root / "checkpoints").iterdir())
 
 
 def test_weights_that_another_process_has_just_kept_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,30 +75,17 @@ def test_weights_that_another_process_has_just_kept_stay(tmp_path: Path, monkeyp
     ours, theirs, p = Store(tmp_path / "s"), Store(tmp_path / "s"), point()
     theirs.open_for([p])
     weights = ours.checkpoints(p) / "step_400"
-    plain = FileLock.acquire
+    plain = ours.claims.take
 
-    def acquire(lock: FileLock) -> Any:
+    def take(*arguments: Any) -> Any:
         weights.mkdir()
         theirs.write(p, CURVE, RESULT)
-        return plain(lock)
+        return plain(*arguments)
 
-    monkeypatch.setattr(FileLock, "acquire", acquire)
-    assert ours.begin(p, {}) is Claim.FINISHED
+    monkeypatch.setattr(ours.claims, "take", take)
+    with Worker(ours.root) as we:
+        assert ours.begin(p, we, {}) is Claim.FINISHED
     assert [f.name for f in ours.checkpoints(p).iterdir()] == ["step_400"]
-
-
-def test_where_nothing_can_be_locked_it_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store, p = Store(tmp_path / "s"), point()
-
-    def acquire(lock: FileLock) -> Any:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(FileLock, "acquire", acquire)
-    store.open_for([p])
-    assert store.begin(p, {}) is Claim.MINE
-    assert "cannot be locked (No locks available); take care that no other command" in capsys.readouterr().err
 
 
 def test_points_that_two_processes_add_at_once_are_all_recorded(tmp_path: Path) -> None:
@@ -106,20 +95,6 @@ def test_points_that_two_processes_add_at_once_are_all_recorded(tmp_path: Path) 
             points = [point(T=10 + i), point(T=1000 + i)]
             list(pool.map(lambda s, p: s.open_for([p]), both, points))
     assert len(both[0].expected()) == 40
-
-
-def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
-    store, p = Store(tmp_path / "s"), point()
-    store.open_for([p])
-    program = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    store.checkpoints(p).mkdir(parents=True)
-    command = [sys.executable, "-c", program, str(store.checkpoints(p) / "lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        assert store.begin(p, {}) is Claim.TAKEN
-        other.kill()
-    assert store.begin(p, {}) is Claim.MINE
 
 
 def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +107,8 @@ def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         store.write(p, CURVE, RESULT)
-    assert [f.name for f in store.root.iterdir()] == ["sweep.json"]
+    assert store.ids() == set()
+    assert not list(store.checkpoints(p).iterdir())
 
 
 def test_half_written_folders_are_no_results_and_are_removed_when_old(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from cdl.optim import build as optimizers
 from cdl.schedules import schedule
 from cdl.sharding import AXES, make_mesh
 from cdl.sweep.layout import layout
-from cdl.sweep.run import points_of, program_for
+from cdl.sweep.programs import points_of, program_for
 from cdl.sweep.store import Store
 from cdl.train import checkpoint
 from cdl.train.checkpoint import Checkpoints

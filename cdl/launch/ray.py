@@ -1,0 +1,117 @@
+"""Workers that are tasks of a Ray cluster: Ray finds each a place with the resources that it needs."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cdl.errors import UserError
+from cdl.launch.supervise import End
+
+__all__ = ["Ray", "parse_resources"]
+
+
+class Ray:
+    """A `cdl.launch.supervise.Backend`. Nodes have this Python's packages and see the sweep's folder.
+
+    Args:
+      arguments: of `cdl worker`.
+      resources: of a worker, as Ray names them; a GPU if None and the cluster has any, else a CPU.
+      logs: folder for what workers say; made.
+
+    Raises:
+      UserError: no Ray, no cluster, or none that has such resources.
+    """
+
+    def __init__(self, arguments: Sequence[str], resources: Mapping[str, float] | None, logs: Path):
+        try:
+            ray = import_module("ray")
+        except ImportError as error:
+            raise UserError("--backend=ray needs Ray; pip install 'cdl[ray]'") from error
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        except ConnectionError as error:
+            raise UserError(
+                f"there is no Ray cluster at {address!r}; start one (ray start), or set RAY_ADDRESS"
+            ) from error
+        there = ray.cluster_resources()
+        wanted = dict(resources or ({"GPU": 1.0} if there.get("GPU") else {"CPU": 1.0}))
+        if lacking := [name for name, n in wanted.items() if there.get(name, 0) < n]:
+            raise UserError(
+                f"--resources={lacking[0]}={wanted[lacking[0]]:g}: the cluster has {there.get(lacking[0], 0):g}"
+            )
+        self._ray = ray
+        self._arguments = [*arguments, f"--cpus={max(1, int(wanted.get('CPU', 1)))}"]
+        # Replacing workers is the coordinator's, which also knows what is left to do.
+        self._task = ray.remote(_work).options(
+            num_cpus=wanted.pop("CPU", 0), num_gpus=wanted.pop("GPU", 0), resources=wanted, max_retries=0, max_calls=1
+        )
+        self._logs, self._started = logs, 0
+        self._tasks: dict[Any, str] = {}  # -> job
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def start(self, workers: int) -> None:
+        settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_"))}
+        for _ in range(workers):
+            self._started += 1
+            job = f"ray-{os.getpid()}-{self._started}"
+            arguments = [*self._arguments, f"--job={job}", "--tied"]
+            task = self._task.remote(arguments, str(self._log(job)), os.getcwd(), settings)
+            self._tasks[task] = job
+
+    def ended(self) -> list[End]:
+        if not self._tasks:
+            return []
+        ready, _ = self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
+        ends = []
+        for task in ready:
+            job = self._tasks.pop(task)
+            try:
+                code = self._ray.get(task)
+            except self._ray.exceptions.RayError:  # its node or process is gone, or it was cancelled
+                code = None
+            if code == 0:
+                self._log(job).unlink(missing_ok=True)
+            ends.append(End(job, code, self._log(job)))
+        return ends
+
+    def jobs(self) -> set[str]:
+        return set(self._tasks.values())
+
+    def stop(self, kill: bool) -> None:
+        for task in self._tasks:
+            self._ray.cancel(task, force=kill)
+
+    def _log(self, job: str) -> Path:
+        return self._logs / f"{job}.log"
+
+
+def _work(arguments: list[str], log: str, folder: str, settings: dict[str, str]) -> int:
+    """A worker, on some node; its exit code. Its input ends with this process, and with that the worker."""
+    command = [sys.executable, "-m", "cdl.cli", "worker", *arguments]
+    with Path(log).open("wb") as f:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=f, stderr=f, cwd=folder, env=os.environ | settings
+        )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # cancelled
+        process.terminate()
+        return process.wait()
+
+
+def parse_resources(text: str) -> dict[str, float]:
+    """``"GPU=1,CPU=8"`` -> dict.
+
+    >>> parse_resources("GPU=1,CPU=8")
+    {'GPU': 1.0, 'CPU': 8.0}
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    try:
+        return {name: float(number) for name, _, number in parts}
+    except ValueError:
+        raise UserError(f"--resources={text!r} must be names and numbers, such as GPU=1,CPU=8") from None

@@ -1,0 +1,98 @@
+"""Workers that are jobs of Slurm: one array for each batch of workers, and `squeue` to see which have ended."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdl.errors import UserError, say
+from cdl.launch.supervise import End
+
+__all__ = ["Slurm"]
+
+_LOOK_SECONDS = 2.0  # between two questions to the controller, which many users share
+_NOTICE_SECONDS = 120  # before the time limit, to save
+
+
+class Slurm:
+    """A `cdl.launch.supervise.Backend`. Compute nodes see the sweep's folder, this Python and this folder.
+
+    Args:
+      command: ``cdl worker FOLDER``, as words.
+      options: of sbatch, such as "--partition=gpu --gres=gpu:1 --time=4:00:00".
+      logs: folder for what workers say; made.
+      name: of the jobs.
+
+    Raises:
+      UserError: no Slurm here.
+    """
+
+    def __init__(self, command: Sequence[str], options: str, logs: Path, name: str):
+        if not shutil.which("sbatch"):
+            raise UserError("--backend=slurm needs sbatch; start it on a login node of the cluster")
+        self._script = (
+            f'#!/bin/sh\nexec {shlex.join(command)} --job="slurm-${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" '
+            f'--cpus="${{SLURM_CPUS_PER_TASK:-1}}"\n'
+        )
+        self._options = [
+            f"--job-name={name}",
+            f"--output={logs}/slurm-%A_%a.log",
+            f"--signal=B:TERM@{_NOTICE_SECONDS}",
+            *shlex.split(options),
+        ]
+        self._logs = logs
+        self._jobs: set[str] = set()  # as in 123_4
+        self._looked = -_LOOK_SECONDS
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def start(self, workers: int) -> None:
+        # One that is requeued by Slurm would run beside the one that replaces it.
+        command = ["sbatch", "--parsable", "--no-requeue", f"--array=0-{workers - 1}", *self._options]
+        done = subprocess.run(command, input=self._script, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"sbatch: {_one_line(done.stderr)}; mend that, or --sbatch=OPTIONS")
+        array = done.stdout.strip().partition(";")[0]
+        self._jobs |= {f"{array}_{i}" for i in range(workers)}
+
+    def ended(self) -> list[End]:
+        if not self._jobs or time.monotonic() - self._looked < _LOOK_SECONDS:
+            return []
+        self._looked = time.monotonic()
+        squeue = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
+        done = subprocess.run(squeue, capture_output=True, text=True, check=False)
+        if done.returncode:
+            say(f"squeue: {_one_line(done.stderr)}; the jobs are taken to go on")
+            return []
+        gone = sorted(self._jobs - set(done.stdout.split()))
+        self._jobs -= set(gone)
+        ends = []
+        for job in gone:
+            log, code = self._logs / f"slurm-{job}.log", _exit_code(job)
+            if code == 0:
+                log.unlink(missing_ok=True)
+            ends.append(End(f"slurm-{job}", code, log))
+        return ends
+
+    def jobs(self) -> set[str]:
+        return {f"slurm-{job}" for job in self._jobs}
+
+    def stop(self, kill: bool) -> None:
+        how = ["--signal=KILL", "--full"] if kill else []
+        subprocess.run(["scancel", *how, *sorted(self._jobs)], capture_output=True, check=False)
+
+
+def _exit_code(job: str) -> int | None:
+    """As `End.code`; None where Slurm ended it, or has forgotten it."""
+    done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, check=False)
+    found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", done.stdout)
+    if found is None or found[1] in ("CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "DEADLINE", "BOOT_FAIL"):
+        return None
+    return -int(found[3]) if int(found[3]) else int(found[2])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or "it failed and said nothing"

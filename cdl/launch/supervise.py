@@ -1,0 +1,157 @@
+"""Keep the workers of a sweep going until every run has ended."""
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from cdl.errors import UserError
+from cdl.sweep.grid import Point
+from cdl.sweep.store import Store
+from cdl.train.loop import Stopped
+
+__all__ = ["Backend", "End", "describe", "supervise"]
+
+_POLL_SECONDS = 0.5
+_MOST_IN_VAIN = 3  # workers in a row that end by themselves without having begun a run
+_MOST_KILLED = 30  # or are killed before they have
+BAD_INPUT = 2  # exit code of `cdl.cli` for what a person has to mend
+_BY_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class End(NamedTuple):
+    """How a worker ended. job: its name. code: as `subprocess.Popen.returncode`, minus the signal where one ended it;
+    None where nobody knows. log: what it has said."""
+
+    job: str
+    code: int | None
+    log: Path
+
+
+class Backend(Protocol):
+    """Starts workers and says how they end."""
+
+    def start(self, workers: int) -> None:
+        """Start so many more."""
+        ...
+
+    def ended(self) -> list[End]:
+        """Those that have ended since this was asked last."""
+        ...
+
+    def jobs(self) -> set[str]:
+        """Names of the workers started and not seen to end, also of those that still wait for their place."""
+        ...
+
+    def stop(self, kill: bool) -> None:
+        """Have all of them save their runs and end; with `kill`, end at once."""
+        ...
+
+
+def supervise(
+    backend: Backend,
+    store: Store,
+    points: Sequence[Point],
+    workers: int,
+    *,
+    stop: Callable[[], int],
+    show: Callable[[], None],
+) -> None:
+    """Have workers train all points; those that die are replaced.
+
+    Args:
+      backend: where they run.
+      store: opened for the points.
+      workers: how many at a time.
+      stop: how often it was asked to stop: at the first time runs are saved, at the second workers are killed.
+      show: called about twice a second.
+
+    Raises:
+      Stopped: it was asked to.
+      UserError: what a worker says that a person has to mend; workers that end before they begin a run.
+    """
+    in_vain, killed, before = 0, 0, -len(_left(store, points)) * 10**6
+    try:
+        while left := _left(store, points):
+            for end in backend.ended():
+                bury(store, end)
+                if end.code == BAD_INPUT:
+                    raise UserError(_last_line(end.log).removeprefix("cdl: error: "))
+                # Every run that was begun has a claim more, or has ended.
+                begun = sum(len(list(store.checkpoints(p).glob("claim-*"))) - 10**6 for p in left)
+                in_vain, killed = (in_vain, killed) if begun == before else (0, 0)
+                in_vain, killed = (in_vain, killed + 1) if _by_others(end) else (in_vain + 1, killed)
+                before = begun
+                if in_vain >= _MOST_IN_VAIN or killed >= _MOST_KILLED:
+                    last = _last_line(end.log)
+                    raise UserError(f"workers end without having begun a run ({describe(end)}: {last}); see {end.log}")
+            free = sum(not store.claims.holder(store.checkpoints(p)) for p in left)
+            more = min(workers - len(backend.jobs()) - _others(store, backend), free)
+            if more > 0:
+                backend.start(more)
+            show()
+            if stop():
+                raise Stopped
+            time.sleep(_POLL_SECONDS)
+    finally:
+        _end(backend, store, stop)
+
+
+def _left(store: Store, points: Sequence[Point]) -> list[Point]:
+    ended = store.ids() | store.failed().keys()
+    return [p for p in points if p.id not in ended]
+
+
+def _others(store: Store, backend: Backend) -> int:
+    """Living workers that somebody else has started, such as this command before it was killed."""
+    jobs = backend.jobs()
+    records = {w: store.claims.record(w) for w in store.claims.workers()}
+    return sum(record.get("job") not in jobs and store.claims.alive(w) for w, record in records.items())
+
+
+def _end(backend: Backend, store: Store, stop: Callable[[], int]) -> None:
+    """Let all workers end."""
+    if backend.jobs():
+        backend.stop(kill=False)
+    killed = False
+    while backend.jobs():
+        for end in backend.ended():
+            bury(store, end)
+        if stop() > 1 and not killed:
+            backend.stop(kill=True)
+            killed = True
+        time.sleep(0.1)
+
+
+def bury(store: Store, end: End) -> None:
+    """Let everybody know that a worker is dead, and whether it went down by itself."""
+    by_itself = end.code != 0 and not _by_others(end)
+    for worker in store.claims.workers():
+        if store.claims.record(worker).get("job") == end.job:
+            store.claims.bury(worker, crashed=f"{_tail(end.log)}\n{describe(end)}" if by_itself else "")
+
+
+def _by_others(end: End) -> bool:
+    """Was it killed, asked to stop, or lost?"""
+    return end.code is None or -end.code in _BY_OTHERS or end.code - 128 in _BY_OTHERS
+
+
+def describe(end: End) -> str:
+    """Such as "local-3 was ended by SIGSEGV"."""
+    if end.code is None:
+        return f"{end.job} was lost"
+    if end.code < 0:
+        return f"{end.job} was ended by {signal.Signals(-end.code).name}"
+    return f"{end.job} ended with exit code {end.code}"
+
+
+def _tail(log: Path) -> str:
+    try:
+        return "\n".join(log.read_text(errors="replace").strip().splitlines()[-40:])
+    except OSError:
+        return ""
+
+
+def _last_line(log: Path) -> str:
+    return (_tail(log) or "it has said nothing").splitlines()[-1]

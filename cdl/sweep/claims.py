@@ -1,0 +1,297 @@
+"""Which process trains which run, on file systems that may have no locks.
+
+Every process that trains for a sweep keeps a file there, ``workers/<name>.json``, whose time stamp it moves on every
+few seconds (`Worker`). A run is the process's that has created the run's newest claim, ``claim-<n>``: a file that is
+not there can be created by one process alone. The next claim may be created once the holder of the newest has let go of
+it or is dead (`Claims`): at once where it ran on this host and the system knows its process no more, elsewhere when its
+stamp has stood still for a minute of this host's steady clock. So no two clocks are ever compared, nor one with itself
+after it was set.
+
+Claims stay until the run has ended, and so tell how often it was begun and how that went.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["TEMPORARY", "Attempts", "Claims", "Worker", "create", "replace"]
+
+TEMPORARY = ".writing-"  # what names of half-written files and folders begin with
+BEAT_SECONDS = 3.0
+SILENT_SECONDS = 60.0  # a host that is short of memory can be silent for long
+_CLAIM = re.compile(r"claim-(\d+)")
+_WORKERS = "workers"
+
+
+class Attempts(NamedTuple):
+    """How often a run was begun in vain since it last got further.
+
+    crashes: it raised, or its process went down by itself. deaths: its process was killed, or nobody knows. said: of
+    the last crash.
+    """
+
+    crashes: int = 0
+    deaths: int = 0
+    said: str = ""
+
+
+class Worker:
+    """This process, as others in a sweep's folder see it. Use as a context manager.
+
+    Args:
+      root: the sweep's folder.
+      about: what else its file says, for `cdl status`; see `tell`.
+    """
+
+    def __init__(self, root: Path, about: Mapping[str, Any] | None = None):
+        name = re.sub(r"[^\w.-]", "_", socket.gethostname())
+        self.name = f"{name}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._file = root / _WORKERS / f"{self.name}.json"
+        self._about: dict[str, Any] = dict(about or {}) | {
+            "host": _host(),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+        }
+        self._written: dict[str, Any] = {}
+        self._stamp = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="beat", daemon=True)
+
+    def __enter__(self) -> "Worker":
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._file.unlink()
+            self._file.parent.rmdir()  # unless others are there
+
+    def tell(self, **about: Any) -> None:
+        """Say something more in the file, at the next beat."""
+        self._about = self._about | about
+
+    def _live(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # the disk may have room again at the next
+                self._beat()
+
+    def _beat(self) -> None:
+        # A stamp of our own making: one of the clock's would repeat itself after the clock is set back.
+        self._stamp = max(time.time_ns(), self._stamp + 2 * 10**9)
+        about = self._about
+        if about != self._written:
+            try:
+                replace(self._file, json.dumps(about), self._stamp)
+                self._written = about
+                return
+            except OSError:
+                if not self._written:
+                    raise
+        os.utime(self._file, ns=(self._stamp, self._stamp))  # also on a full disk
+
+
+class Claims:
+    """The claims of one sweep, as one process sees them."""
+
+    def __init__(self, root: Path):
+        self._workers = root / _WORKERS
+        self._seen: dict[str, tuple[int, float]] = {}  # worker -> its stamp, and when it was first seen here
+
+    def take(self, folder: Path, worker: str, step: int) -> Path | None:
+        """Make a run this worker's; the claim, or None where another holds it.
+
+        Args:
+          folder: of the run's claims; there.
+          step: that the run will go on from.
+
+        Raises:
+          OSError: nothing can be written.
+        """
+        newest = _newest(folder)
+        if newest and self.held(folder / f"claim-{newest}"):
+            return None
+        claim = folder / f"claim-{newest + 1}"
+        return claim if create(claim, json.dumps({"worker": worker, "step": step})) else None
+
+    def holder(self, folder: Path) -> str | None:
+        """The living process that has a run, or None."""
+        newest = _newest(folder)
+        claim = folder / f"claim-{newest}"
+        return _read(claim).get("worker") if newest and self.held(claim) else None
+
+    def held(self, claim: Path) -> bool:
+        """Is its holder alive, and has not let go?"""
+        said = _read(claim)
+        if "worker" not in said:  # being written, or its writer died over it
+            return self._moves(str(claim), 0)
+        return "ended" not in said and self.alive(said["worker"])
+
+    def superseded(self, claim: Path) -> bool:
+        """Has another process thought the holder dead, and taken the run?"""
+        number = _CLAIM.fullmatch(claim.name)
+        return number is not None and _newest(claim.parent) > int(number[1])
+
+    def end(self, claim: Path, how: str, said: str = "") -> None:
+        """Let go of a claim: "released", or "failed" with what is known of it."""
+        with contextlib.suppress(OSError):
+            replace(claim, json.dumps(_read(claim) | {"ended": how, "said": said}))
+
+    def attempts(self, folder: Path, step: int) -> Attempts:
+        """Those in vain since the run was last forgiven or got as far as this step; not one that is under way."""
+        crashes, deaths, said = 0, 0, ""
+        for n in range(_newest(folder), 0, -1):
+            claim = _read(folder / f"claim-{n}")
+            if "forgiven" in claim or claim.get("step") != step:
+                break
+            if "ended" not in claim and self.alive(claim["worker"]):
+                continue
+            death = {} if "ended" in claim else self.record(claim["worker"])
+            crashed = claim.get("ended") == "failed" or "crashed" in death
+            crashes += crashed
+            deaths += "ended" not in claim and not crashed
+            said = said or claim.get("said", "") or death.get("crashed", "")
+        return Attempts(crashes, deaths, said)
+
+    def forgive(self, folder: Path) -> None:
+        """What went wrong so far counts no more."""
+        claim = folder / f"claim-{_newest(folder)}"
+        if claim.exists():
+            replace(claim, json.dumps(_read(claim) | {"forgiven": True}))
+
+    def alive(self, worker: str) -> bool:
+        """Does a worker live, as far as can be known here?"""
+        file = self._workers / f"{worker}.json"
+        try:
+            with file.open() as f:  # network file systems look for a newer stamp when a file is opened
+                stamp, text = os.fstat(f.fileno()).st_mtime_ns, f.read()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            stamp, text = 0, ""
+        try:
+            said = json.loads(text)
+        except ValueError:
+            said = {}
+        if "crashed" in said or "died" in said:
+            return False
+        if said.get("host") == _host() and said.get("born"):
+            return _born(said["pid"]) == said["born"]
+        return self._moves(worker, stamp)
+
+    def _moves(self, what: str, stamp: int) -> bool:
+        """Was there another stamp than this within the last minute, or is it not that long known here?"""
+        now = time.monotonic()
+        if self._seen.get(what, (None,))[0] != stamp:
+            self._seen[what] = (stamp, now)
+        return now - self._seen[what][1] < SILENT_SECONDS
+
+    def workers(self) -> list[str]:
+        """All that have a file, dead or alive."""
+        return sorted(f.stem for f in self._workers.glob("*.json"))
+
+    def record(self, worker: str) -> dict[str, Any]:
+        """What a worker says of itself, or was said of it; empty where there is nothing."""
+        return _read(self._workers / f"{worker}.json")
+
+    def bury(self, worker: str, crashed: str = "") -> None:
+        """Write down that a worker is dead: whoever started it knows before others can. crashed: by its own doing."""
+        file = self._workers / f"{worker}.json"
+        if file.exists():
+            with contextlib.suppress(OSError):
+                replace(file, json.dumps(_read(file) | ({"crashed": crashed} if crashed else {"died": True})))
+
+    def forget_dead(self, folders: Iterable[Path]) -> None:
+        """Remove the files of dead workers but those that claims in these folders speak of."""
+        named = {_read(claim).get("worker") for folder in folders for claim in folder.glob("claim-*")}
+        for worker in self.workers():
+            if worker not in named and not self.alive(worker):
+                with contextlib.suppress(OSError):
+                    (self._workers / f"{worker}.json").unlink()
+
+
+def create(file: Path, text: str) -> bool:
+    """Make a file that is not there yet, whole; False where it is.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    temporary = file.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{file.name}")
+    try:
+        temporary.write_text(text)
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            return temporary.stat().st_nlink == 2  # NFS: done, but the answer was lost and the question repeated
+        except OSError:  # no hard links here
+            try:
+                with file.open("x") as f:
+                    f.write(text)
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace(file: Path, text: str, stamp: int | None = None) -> None:
+    """Write a file whole or not at all. stamp: its time, ns."""
+    temporary = file.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{file.name}")
+    try:
+        temporary.write_text(text)
+        if stamp is not None:
+            os.utime(temporary, ns=(stamp, stamp))
+        temporary.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@functools.cache
+def _host() -> str:
+    """This host since it was started, and this container on it: where process numbers mean the same."""
+    parts = [socket.gethostname()]
+    for file in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            parts.append(os.readlink(file) if file.endswith("pid") else Path(file).read_text().strip())
+    return " ".join(parts)
+
+
+def _born(pid: int) -> str | None:
+    """When a process was started, in ticks since the host was; "" where it is no more, None where that is not told."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return "" if Path("/proc/self/stat").exists() else None
+    except OSError:
+        return None
+    return "" if state in "ZX" else rest[18]
+
+
+def _newest(folder: Path) -> int:
+    try:
+        return max((int(m[1]) for name in os.listdir(folder) if (m := _CLAIM.fullmatch(name))), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a small file says; nothing where it is gone or being written."""
+    try:
+        said = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}

@@ -1,0 +1,264 @@
+"""Workers of this machine: what dies is replaced, nothing is lost, nothing is run twice, and no number changes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+
+from cdl.errors import UserError
+from cdl.launch.local import Local, shares
+from cdl.launch.supervise import supervise
+from cdl.sweep.grid import points_in
+from cdl.sweep.store import MOST_CRASHES, Store, grid_name, sweep_table
+from tests.conftest import TINY
+from tests.sweep.test_run import VOLATILE, equal
+
+FAULTY = str(Path(__file__).parent / "faulty.py")
+
+
+def sweep(out: Path, *arguments: str, config: str = TINY) -> list[str]:
+    return [sys.executable, "-m", "cdl.cli", "sweep", f"--config={config}", f"--out={out}", *arguments]
+
+
+def run(command: list[str], **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+@pytest.fixture(scope="session")
+def points24(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A config of 24 points."""
+    config = tmp_path_factory.mktemp("config") / "points24.py"
+    text = Path(TINY).read_text()
+    config.write_text(text.replace("eta_ref=[0.5, 2.0]", "eta_ref=[0.25, 0.5, 1.0, 2.0, 4.0, 8.0]"))
+    return str(config)
+
+
+@pytest.fixture(scope="session")
+def undisturbed24(points24: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its sweep, in one process."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = run(sweep(out, config=points24))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def workers_of(coordinator: "subprocess.Popen[Any]") -> list[psutil.Process]:
+    try:
+        return psutil.Process(coordinator.pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+class Written:
+    """Finished points of a sweep are there for good."""
+
+    def __init__(self, out: Path):
+        self.out, self.when = out, dict[str, int]()
+
+    def look(self) -> int:
+        now = {id: (self.out / id / "result.json").stat().st_mtime_ns for id in Store(self.out).ids()}
+        assert self.when.items() <= now.items()
+        self.when = now
+        return len(now)
+
+
+def test_two_workers_give_the_table_of_one_process(tiny_sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    done = run(sweep(out, "--workers=2"))
+    assert done.returncode == 0, done.stderr
+    assert "8 runs for 2 workers (local)" in done.stderr
+    assert done.stderr.count("  loss ") == 8
+    equal(out, tiny_sweep)
+    assert not list((out / "checkpoints").iterdir())
+    assert not (out / "workers").exists()
+    again = run(sweep(out, "--workers=2"))
+    assert "all 8 runs are there already" in again.stderr
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_twenty_killed_workers_lose_and_change_nothing(points24: str, undisturbed24: Path, tmp_path: Path) -> None:
+    out, moments, killed = tmp_path / "s", random.Random(0), 0
+    written = Written(out)
+    with subprocess.Popen(sweep(out, "--workers=2", config=points24), stderr=subprocess.PIPE, text=True) as coordinator:
+        while killed < 20 and coordinator.poll() is None:
+            time.sleep(moments.uniform(0.1, 5))
+            victims = workers_of(coordinator)
+            if victims:
+                moments.choice(victims).kill()
+                killed += 1
+            written.look()
+        _, said = coordinator.communicate(timeout=120)
+    assert coordinator.returncode == 0, said
+    assert killed == 20
+    assert written.look() == 24
+    assert not Store(out).failed()
+    equal(out, undisturbed24)
+
+
+@pytest.mark.slow
+def test_a_killed_coordinator_takes_its_workers_along_and_nothing_is_lost(
+    points24: str, undisturbed24: Path, tmp_path: Path
+) -> None:
+    out, moments = tmp_path / "s", random.Random(1)
+    written = Written(out)
+    for _ in range(4):
+        with subprocess.Popen(sweep(out, "--workers=2", config=points24), stderr=subprocess.DEVNULL) as coordinator:
+            before = written.look()
+            while coordinator.poll() is None and written.look() <= before:
+                time.sleep(0.05)
+            time.sleep(moments.uniform(0, 1))
+            workers = workers_of(coordinator)
+            coordinator.kill()
+        if moments.random() < 0.5:  # else the next command begins beside the old workers
+            _, alive = psutil.wait_procs(workers, timeout=30)
+            assert not alive
+        written.look()
+    done = run(sweep(out, "--workers=2", config=points24))
+    assert done.returncode == 0, done.stderr
+    assert written.look() == 24
+    equal(out, undisturbed24)
+
+
+@pytest.mark.parametrize("how", ["raise", pytest.param("abort", marks=pytest.mark.slow)])
+def test_a_run_that_always_crashes_is_given_up_and_the_others_complete(
+    how: str, tiny_sweep: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    faults = dict(FAULTY=how, FAULTY_T="60")
+    if how == "raise":  # in one process, which survives it
+        done = run([sys.executable, FAULTY, *sweep(out)[3:]], **faults)
+        assert done.returncode == 2, done.stderr
+        assert "2 of 8 runs failed" in done.stderr
+        assert done.stdout.count("RuntimeError: a cosmic ray") == 2
+    else:
+        store = Store(out)
+        points = points_in(Store(tiny_sweep).grids()[0])
+        store.open_for(points)
+        command = [sys.executable, FAULTY, "worker", str(out), f"--grid={grid_name(points)}"]
+        with set_in_environment(faults):
+            backend = Local(command, shares(2), out / "logs")
+            supervise(backend, store, points, 2, stop=lambda: 0, show=lambda: None)
+    failed = Store(out).failed()
+    wrong = {str(row.id) for row in sweep_table(tiny_sweep).itertuples() if row.T == 60}
+    assert set(failed) == wrong
+    for record in failed.values():
+        assert record["status"] == "failed"
+        assert record["attempts"] == MOST_CRASHES
+        assert ("RuntimeError: a cosmic ray" if how == "raise" else "SIGABRT") in record["error"]
+        assert ("faulty.py" if how == "raise" else "Aborted") in record["traceback"]
+    left = sweep_table(tiny_sweep).query("T != 60").reset_index(drop=True).drop(columns=VOLATILE)
+    pd.testing.assert_frame_equal(sweep_table(out).drop(columns=VOLATILE), left, check_exact=True)
+    mended = run(sweep(out))  # the same command tries them again
+    assert mended.returncode == 0, mended.stderr
+    assert not Store(out).failed()
+    equal(out, tiny_sweep)
+
+
+@contextmanager
+def set_in_environment(what: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(what)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_ctrl_c_has_workers_save(tiny_sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    command = sweep(out, "--workers=2", "eval.size=100000")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as coordinator:
+        while coordinator.poll() is None and not Store(out).ids():
+            time.sleep(0.02)
+        workers = workers_of(coordinator)
+        coordinator.send_signal(signal.SIGINT)
+        _, said = coordinator.communicate(timeout=60)
+    assert coordinator.returncode == 130, said
+    assert "of 8 runs are kept" in said.strip().splitlines()[-1]
+    assert not any(w.is_running() for w in workers)
+    under_way = [p for p in points_in(Store(out).grids()[0]) if Store(out).claims.holder(Store(out).checkpoints(p))]
+    assert not under_way
+
+
+def test_workers_that_cannot_begin_are_not_started_for_ever(tiny_sweep: Path, tmp_path: Path) -> None:
+    store, points = Store(tmp_path / "s"), points_in(Store(tiny_sweep).grids()[0])
+    store.open_for(points)
+    backend = Local([sys.executable, "-c", "raise SystemExit('no such abacus')"], shares(1), store.root / "logs")
+    with pytest.raises(
+        UserError, match=r"without having begun a run \(local-.* ended with exit code 1: no such abacus"
+    ):
+        supervise(backend, store, points, 1, stop=lambda: 0, show=lambda: None)
+
+
+@contextmanager
+def full(folder: Path) -> Iterator[None]:
+    """No byte more goes into a small file system."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as f, suppress(OSError):
+        while True:
+            f.write(bytes(4096))
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """No file can be made or removed, by root neither."""
+    changed = run(["chattr", "-R", "+i", str(folder)])
+    try:
+        if changed.returncode:
+            pytest.skip(f"no folder can be made immutable here: {changed.stderr.strip()}")
+        yield
+    finally:
+        run(["chattr", "-R", "-i", str(folder)])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own; where this process may not mount one, the test is skipped."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)])
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    run(["umount", "--lazy", str(folder)])
+
+
+@pytest.mark.parametrize("workers", [[], pytest.param(["--workers=2"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("fault", "words"), [(full, "No space left on device"), (read_only, "Operation not permitted")]
+)
+def test_a_disk_that_takes_no_more_stops_the_sweep_and_it_goes_on_later(
+    fault: Any, words: str, workers: list[str], tiny_sweep: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    out = (request.getfixturevalue("small_disk") if fault is full else tmp_path) / "s"
+    command = sweep(out, *workers)
+    written = Written(out)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and written.look() < 2:
+            time.sleep(0.01)
+        with fault(out.parent if fault is full else out):
+            _, said = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert words in said.strip().splitlines()[-1]
+    assert 2 <= written.look() < 8
+    again = run(command)
+    assert again.returncode == 0, again.stderr
+    assert written.look() == 8
+    equal(out, tiny_sweep)

@@ -1,0 +1,82 @@
+"""Workers that are jobs of a real Slurm, started here for the test."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cdl.sweep.store import Store
+from tests.launch.slurm_cluster import missing, slurm_cluster
+from tests.launch.test_local import Written, sweep
+from tests.sweep.test_run import equal
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield os.environ | environment
+
+
+def pid_of_a_worker(out: Path) -> int | None:
+    claims = Store(out).claims
+    return next((claims.record(w)["pid"] for w in claims.workers() if claims.alive(w)), None)
+
+
+def test_killed_jobs_are_replaced_and_the_table_is_that_of_one_process(
+    slurm: dict[str, str], tiny_sweep: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    written = Written(out)
+    command = sweep(out, "--backend=slurm", "--workers=2", "--sbatch=--cpus-per-task=1")
+    with subprocess.Popen(command, env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        for finished in (1, 4):
+            while process.poll() is None and (written.look() < finished or pid_of_a_worker(out) is None):
+                time.sleep(0.02)
+            if pid := pid_of_a_worker(out):
+                os.kill(pid, 9)
+        _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert written.look() == 8
+    equal(out, tiny_sweep)
+    jobs = subprocess.run(["squeue", "--noheader"], env=slurm, capture_output=True, text=True, check=True).stdout
+    assert not jobs
+
+
+def test_a_killed_coordinator_is_followed_by_one_that_finds_its_jobs_at_work(
+    slurm: dict[str, str], tiny_sweep: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    command = sweep(out, "--backend=slurm", "--workers=1")
+    with subprocess.Popen(command, env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not Store(out).ids():
+            time.sleep(0.02)
+        process.kill()
+    done = subprocess.run(command, env=slurm, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    equal(out, tiny_sweep)
+
+
+def test_ctrl_c_ends_the_jobs(slurm: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    command = sweep(out, "--backend=slurm", "--workers=2", "eval.size=100000")
+    with subprocess.Popen(command, env=slurm, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not Store(out).ids():
+            time.sleep(0.02)
+        process.send_signal(2)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert not [w for w in Store(out).claims.workers() if Store(out).claims.alive(w)]
+    assert "the same command goes on from there" in said
+
+
+def test_options_that_slurm_refuses_are_said(slurm: dict[str, str], tmp_path: Path) -> None:
+    command = sweep(tmp_path / "s", "--backend=slurm", "--sbatch=--partition=abacus")
+    done = subprocess.run(command, env=slurm, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "invalid partition" in done.stderr.lower()
+    assert "Traceback" not in done.stderr
