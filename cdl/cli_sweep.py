@@ -4,7 +4,6 @@ import argparse
 import faulthandler
 import functools
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -140,7 +139,7 @@ def _train_by_workers(arguments: argparse.Namespace, root: Path, points: Sequenc
     tell(f"{len(ids - store.ids())} runs for {workers} workers ({arguments.backend}).")
     try:
         with caught_signals(out, caught), WorkersProgress(out, Watch(store, ids), root.name) as progress:
-            supervise(backend, store, points, workers, stop=lambda: len(caught), show=progress.show)
+            supervise(backend, store, points, workers, stop=lambda: bool(caught), show=progress.show)
     except (Stopped, KeyboardInterrupt) as e:
         raise interrupted(store, points, caught, isinstance(e, Stopped)) from None
 
@@ -179,8 +178,9 @@ def worker(arguments: argparse.Namespace) -> None:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)
         arguments.cpus = len(cores)
+    gone = threading.Event()
     if arguments.tied:
-        threading.Thread(target=_end_with_input, daemon=True).start()
+        threading.Thread(target=_wait_for_end, args=(gone,), daemon=True).start()
     start_devices(arguments)
     store = Store(arguments.folder)
     grids = store.grids(arguments.grid)
@@ -193,11 +193,11 @@ def worker(arguments: argparse.Namespace) -> None:
         if lanes is None and arguments.cpus and jax.default_backend() == "cpu":
             lanes = min(arguments.cpus, shape_on(points[0].config, jax.device_count())["run"])
         about = {"job": arguments.job} if arguments.job else {}
-        train_points(arguments, store.root, points, lanes, give_up=True, wait=False, about=about)
+        train_points(arguments, store.root, points, lanes, give_up=True, wait=False, about=about, stop=gone.is_set)
 
 
-def _end_with_input() -> None:
-    """Save and end when the process that started this one is gone, whatever became of it."""
+def _wait_for_end(gone: threading.Event) -> None:
+    """Until the process that started this one is gone, whatever became of it."""
     while os.read(0, 1):  # not by `sys.stdin`, whose lock this thread would hold when the interpreter ends
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    gone.set()

@@ -9,8 +9,9 @@ import os
 import platform
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -40,6 +41,8 @@ from cdl.train.flops import step_flops
 from cdl.train.loop import Stopped
 from cdl.train.memory import activation_bytes, step_bytes
 from cdl.train.step import state_bytes
+
+_AGAIN_SECONDS = 1.0
 
 __all__ = ["caught_signals", "console", "interrupted", "start_devices", "train", "train_points"]
 
@@ -182,6 +185,7 @@ def train_points(
     give_up: bool = False,
     wait: bool = True,
     about: dict[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Store:
     """Train what the folder lacks of these points, in this process; see `cdl.sweep.run.run_points`."""
     check_same(json.dumps([[p.id, p.program] for p in points] + [root.name, lanes, keep]))  # paths may differ
@@ -222,7 +226,7 @@ def train_points(
                 give_up=give_up,
                 wait=wait,
                 about=about,
-                stop=lambda: bool(caught),
+                stop=lambda: bool(caught) or stop(),
             )
     except (Stopped, KeyboardInterrupt) as e:
         raise interrupted(store, points, caught, isinstance(e, Stopped)) from None
@@ -233,21 +237,31 @@ def interrupted(store: Store, points: Sequence[Point], caught: Sequence[int], sa
     """What a person is told who has interrupted a command. saved: it ended in good order."""
     kept = len({p.id for p in points} & store.ids())
     begun = " and those under way are saved" if saved and any(store.saved(p) for p in points) else ""
-    error = Terminated if signal.SIGTERM in caught else KeyboardInterrupt
+    error = KeyboardInterrupt if signal.SIGINT in caught else Terminated
     return error(f"{kept} of {len(points)} runs are kept{begun}; the same command goes on from there")
 
 
 @contextmanager
 def caught_signals(out: Console, caught: list[int]) -> Iterator[None]:
-    """SIGINT and SIGTERM are put into a list; the second of them interrupts at once."""
+    """SIGINT, SIGTERM and SIGHUP are put into a list; another one, a second later or more, interrupts at once.
+
+    Not sooner: of one Ctrl-C this process and its parent, say `make`, both hear, and the parent may pass it on. A
+    terminal that is closed (SIGHUP) does not hurry anybody.
+    """
+    first = 0.0
 
     def on_signal(number: int, frame: FrameType | None) -> Any:
-        caught.append(number)
-        if len(caught) > 1:
+        nonlocal first
+        if not caught:
+            first = time.monotonic()
+            caught.append(number)
+            out.print("Saving what is under way; once more to leave without.", highlight=False)
+        elif number != signal.SIGHUP and time.monotonic() - first > _AGAIN_SECONDS:
+            caught.append(number)
             raise KeyboardInterrupt
-        out.print("Saving what is under way; once more to leave without.", highlight=False)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in numbers}  # nohup ignores SIGHUP
     try:
         yield
     finally:

@@ -1,6 +1,8 @@
 """Workers that are tasks of a Ray cluster: Ray finds each a place with the resources that it needs."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,23 +35,27 @@ class Ray:
             raise UserError("--backend=ray needs Ray; pip install 'cdl[ray]'") from error
         address = os.environ.get("RAY_ADDRESS", "auto")
         try:
+            if re.fullmatch(r"[^:/]+:\d+", address):  # Ray would try for minutes
+                host, _, port = address.partition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
-        except ConnectionError as error:
+        except OSError as error:
             raise UserError(
                 f"there is no Ray cluster at {address!r}; start one (ray start), or set RAY_ADDRESS"
             ) from error
         there = ray.cluster_resources()
         wanted = dict(resources or ({"GPU": 1.0} if there.get("GPU") else {"CPU": 1.0}))
-        if lacking := [name for name, n in wanted.items() if there.get(name, 0) < n]:
-            raise UserError(
-                f"--resources={lacking[0]}={wanted[lacking[0]]:g}: the cluster has {there.get(lacking[0], 0):g}"
-            )
+        for name, number in wanted.items():
+            if number > there.get(name, 0):
+                raise UserError(
+                    f"--resources={name}={number:g} is more than the cluster has, {there.get(name, 0):g}; ask for less"
+                )
         self._ray = ray
         self._arguments = [*arguments, f"--cpus={max(1, int(wanted.get('CPU', 1)))}"]
         # Replacing workers is the coordinator's, which also knows what is left to do.
-        self._task = ray.remote(_work).options(
-            num_cpus=wanted.pop("CPU", 0), num_gpus=wanted.pop("GPU", 0), resources=wanted, max_retries=0, max_calls=1
-        )
+        cpus, gpus = wanted.pop("CPU", 0), wanted.pop("GPU", 0)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=wanted, max_retries=0, max_calls=1)
+        self._task = task(_work)
         self._logs, self._started = logs, 0
         self._tasks: dict[Any, str] = {}  # -> job
         logs.mkdir(parents=True, exist_ok=True)

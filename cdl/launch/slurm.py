@@ -15,6 +15,7 @@ from cdl.launch.supervise import End
 __all__ = ["Slurm"]
 
 _LOOK_SECONDS = 2.0  # between two questions to the controller, which many users share
+_ANSWER_SECONDS = 60
 _NOTICE_SECONDS = 120  # before the time limit, to save
 
 
@@ -52,9 +53,9 @@ class Slurm:
     def start(self, workers: int) -> None:
         # One that is requeued by Slurm would run beside the one that replaces it.
         command = ["sbatch", "--parsable", "--no-requeue", f"--array=0-{workers - 1}", *self._options]
-        done = subprocess.run(command, input=self._script, capture_output=True, text=True, check=False)
+        done = _ask(command, self._script)
         if done.returncode:
-            raise UserError(f"sbatch: {_one_line(done.stderr)}; mend that, or --sbatch=OPTIONS")
+            raise UserError(f"{_one_line(done.stderr)}; mend that, or --sbatch=OPTIONS")
         array = done.stdout.strip().partition(";")[0]
         self._jobs |= {f"{array}_{i}" for i in range(workers)}
 
@@ -63,9 +64,9 @@ class Slurm:
             return []
         self._looked = time.monotonic()
         squeue = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
-        done = subprocess.run(squeue, capture_output=True, text=True, check=False)
+        done = _ask(squeue)
         if done.returncode:
-            say(f"squeue: {_one_line(done.stderr)}; the jobs are taken to go on")
+            say(f"{_one_line(done.stderr)}; jobs are taken to go on")
             return []
         gone = sorted(self._jobs - set(done.stdout.split()))
         self._jobs -= set(gone)
@@ -82,16 +83,25 @@ class Slurm:
 
     def stop(self, kill: bool) -> None:
         how = ["--signal=KILL", "--full"] if kill else []
-        subprocess.run(["scancel", *how, *sorted(self._jobs)], capture_output=True, check=False)
+        _ask(["scancel", *how, *sorted(self._jobs)])
 
 
 def _exit_code(job: str) -> int | None:
     """As `End.code`; None where Slurm ended it, or has forgotten it."""
-    done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, check=False)
+    done = _ask(["scontrol", "--oneliner", "show", "job", job])
     found = re.search(r"JobState=(\w+).* ExitCode=(\d+):(\d+)", done.stdout)
     if found is None or found[1] in ("CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "DEADLINE", "BOOT_FAIL"):
         return None
     return -int(found[3]) if int(found[3]) else int(found[2])
+
+
+def _ask(command: Sequence[str], text: str = "") -> "subprocess.CompletedProcess[str]":
+    """Run a command of Slurm's; one that hangs, as all do while munge does, has failed."""
+    try:
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=_ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        said = f"{command[0]} has not answered for {_ANSWER_SECONDS} seconds"
+        return subprocess.CompletedProcess(command, 1, "", said)
 
 
 def _one_line(text: str) -> str:

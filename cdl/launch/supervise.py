@@ -55,7 +55,7 @@ def supervise(
     points: Sequence[Point],
     workers: int,
     *,
-    stop: Callable[[], int],
+    stop: Callable[[], bool],
     show: Callable[[], None],
 ) -> None:
     """Have workers train all points; those that die are replaced.
@@ -64,7 +64,7 @@ def supervise(
       backend: where they run.
       store: opened for the points.
       workers: how many at a time.
-      stop: how often it was asked to stop: at the first time runs are saved, at the second workers are killed.
+      stop: asked often; once it is true, runs are saved and workers end. Who will not wait for that interrupts.
       show: called about twice a second.
 
     Raises:
@@ -95,7 +95,7 @@ def supervise(
                 raise Stopped
             time.sleep(_POLL_SECONDS)
     finally:
-        _end(backend, store, stop)
+        _end(backend, store)
 
 
 def _left(store: Store, points: Sequence[Point]) -> list[Point]:
@@ -110,18 +110,18 @@ def _others(store: Store, backend: Backend) -> int:
     return sum(record.get("job") not in jobs and store.claims.alive(w) for w, record in records.items())
 
 
-def _end(backend: Backend, store: Store, stop: Callable[[], int]) -> None:
+def _end(backend: Backend, store: Store) -> None:
     """Let all workers end."""
     if backend.jobs():
         backend.stop(kill=False)
-    killed = False
-    while backend.jobs():
-        for end in backend.ended():
-            bury(store, end)
-        if stop() > 1 and not killed:
-            backend.stop(kill=True)
-            killed = True
-        time.sleep(0.1)
+    try:
+        while backend.jobs():
+            for end in backend.ended():
+                bury(store, end)
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        backend.stop(kill=True)
+        raise
 
 
 def bury(store: Store, end: End) -> None:

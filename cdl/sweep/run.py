@@ -103,7 +103,7 @@ def run_points(
     todo = [p for p, lacking in zip(points, lacks, strict=True) if lacking]
     if not todo:
         return
-    todo.sort(key=lambda p: -p.config.T)
+    todo.sort(key=lambda p: -p.flat["T"])
     groups: dict[str, list[Point]] = {}
     for point in todo:
         groups.setdefault(point.program, []).append(point)

@@ -1,11 +1,14 @@
-"""`cdl`, in which runs of FAULTY_T updates go wrong after five batches: they raise (FAULTY=raise) or take down all.
+"""`cdl`, in which something goes wrong.
 
-FAULTY=abort FAULTY_T=60 python tests/launch/faulty.py worker runs/x
+FAULTY=raise FAULTY_T=60 python tests/launch/faulty.py worker runs/x    # runs of 60 updates raise at the sixth
+FAULTY=abort FAULTY_T=60 python tests/launch/faulty.py worker runs/x    # or take their process down
+FAULTY=clock python tests/launch/faulty.py worker runs/x                # its clock is set back all the time
 """
 
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +33,15 @@ def run_of(point: Any, *others: Any) -> Any:
     return dataclasses.replace(made, batches=batches) if wrong else made
 
 
+def set_clock_back() -> None:
+    began, now, now_ns = time.monotonic(), time.time, time.time_ns
+    time.time = lambda: now() - 3600 * (time.monotonic() - began)
+    time.time_ns = lambda: now_ns() - int(3600e9 * (time.monotonic() - began))
+
+
 if __name__ == "__main__":
-    run._run_of = run_of
+    if os.environ["FAULTY"] == "clock":
+        set_clock_back()
+    else:
+        run._run_of = run_of
     sys.exit(main())

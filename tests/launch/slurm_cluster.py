@@ -38,8 +38,8 @@ StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmdSpoolDir={short}/spool
-NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus}
-PartitionName=all Nodes=node Default=YES
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus}
+PartitionName=all Nodes={host} Default=YES
 """
 
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 from cdl.errors import UserError
 from cdl.launch.local import Local, shares
 from cdl.launch.supervise import supervise
+from cdl.sweep.claims import Attempts
 from cdl.sweep.grid import points_in
 from cdl.sweep.store import MOST_CRASHES, Store, grid_name, sweep_table
 from tests.conftest import TINY
@@ -142,13 +143,7 @@ def test_a_run_that_always_crashes_is_given_up_and_the_others_complete(
         assert "2 of 8 runs failed" in done.stderr
         assert done.stdout.count("RuntimeError: a cosmic ray") == 2
     else:
-        store = Store(out)
-        points = points_in(Store(tiny_sweep).grids()[0])
-        store.open_for(points)
-        command = [sys.executable, FAULTY, "worker", str(out), f"--grid={grid_name(points)}"]
-        with set_in_environment(faults):
-            backend = Local(command, shares(2), out / "logs")
-            supervise(backend, store, points, 2, stop=lambda: 0, show=lambda: None)
+        supervised(faults, out, tiny_sweep)
     failed = Store(out).failed()
     wrong = {str(row.id) for row in sweep_table(tiny_sweep).itertuples() if row.T == 60}
     assert set(failed) == wrong
@@ -165,6 +160,33 @@ def test_a_run_that_always_crashes_is_given_up_and_the_others_complete(
     equal(out, tiny_sweep)
 
 
+@pytest.mark.slow
+def test_a_clock_that_is_set_back_all_the_time_changes_nothing(tiny_sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    written = Written(out)
+
+    def show() -> None:
+        if written.look() >= 2 and not killed:
+            victim = next(w for w in psutil.Process().children() if "worker" in w.cmdline())
+            victim.kill()
+            killed.append(victim)
+
+    killed: list[psutil.Process] = []
+    supervised(dict(FAULTY="clock"), out, tiny_sweep, show)
+    assert killed
+    assert written.look() == 8
+    equal(out, tiny_sweep)
+
+
+def supervised(faults: dict[str, str], out: Path, like: Path, show: Callable[[], None] = lambda: None) -> None:
+    """Train the grid of another sweep by two workers in which something goes wrong."""
+    store, points = Store(out), points_in(Store(like).grids()[0])
+    store.open_for(points)
+    command = [sys.executable, FAULTY, "worker", str(out), f"--grid={grid_name(points)}"]
+    with set_in_environment(faults):
+        supervise(Local(command, shares(2), out / "logs"), store, points, 2, stop=lambda: False, show=show)
+
+
 @contextmanager
 def set_in_environment(what: dict[str, str]) -> Iterator[None]:
     before = dict(os.environ)
@@ -176,20 +198,28 @@ def set_in_environment(what: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def test_ctrl_c_has_workers_save(tiny_sweep: Path, tmp_path: Path) -> None:
-    out = tmp_path / "s"
-    command = sweep(out, "--workers=2", "eval.size=100000")
+def test_ctrl_c_has_workers_save(tmp_path: Path) -> None:
+    config, out = tmp_path / "long.py", tmp_path / "s"
+    config.write_text(Path(TINY).read_text().replace("T=[40, 60, 90, 130]", "T=[100_000]"))
+    command = sweep(out, "--workers=2", config=str(config))
+    store = Store(out)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as coordinator:
-        while coordinator.poll() is None and not Store(out).ids():
+        while coordinator.poll() is None and sum("runs" in store.claims.record(w) for w in store.claims.workers()) < 2:
             time.sleep(0.02)
         workers = workers_of(coordinator)
-        coordinator.send_signal(signal.SIGINT)
+        for _ in range(2):  # as where a parent that hears Ctrl-C too passes it on
+            coordinator.send_signal(signal.SIGINT)
         _, said = coordinator.communicate(timeout=60)
     assert coordinator.returncode == 130, said
-    assert "of 8 runs are kept" in said.strip().splitlines()[-1]
+    last = said.strip().splitlines()[-1]
+    assert last == (
+        "cdl: interrupted; 0 of 2 runs are kept and those under way are saved; the same command goes on from there"
+    )
     assert not any(w.is_running() for w in workers)
-    under_way = [p for p in points_in(Store(out).grids()[0]) if Store(out).claims.holder(Store(out).checkpoints(p))]
-    assert not under_way
+    for point in points_in(store.grids()[0]):
+        assert store.saved(point)
+        assert not store.claims.holder(store.checkpoints(point))
+        assert store.attempts(point) == Attempts()
 
 
 def test_workers_that_cannot_begin_are_not_started_for_ever(tiny_sweep: Path, tmp_path: Path) -> None:
@@ -199,7 +229,7 @@ def test_workers_that_cannot_begin_are_not_started_for_ever(tiny_sweep: Path, tm
     with pytest.raises(
         UserError, match=r"without having begun a run \(local-.* ended with exit code 1: no such abacus"
     ):
-        supervise(backend, store, points, 1, stop=lambda: 0, show=lambda: None)
+        supervise(backend, store, points, 1, stop=lambda: False, show=lambda: None)
 
 
 @contextmanager
