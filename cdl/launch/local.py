@@ -75,8 +75,10 @@ def shares(workers: int) -> list[tuple[dict[str, str], list[str]]]:
     """For each worker its share of this machine: of its GPUs, where there are any, else of its cores.
 
     Raises:
-      UserError: more workers than GPUs.
+      UserError: more workers than GPUs, or TPUs.
     """
+    if any(Path("/dev").glob("accel*")):
+        raise UserError(f"--workers={workers}: one process drives all TPU chips of a host; leave it out, lanes use all")
     if gpus := _gpus():
         if workers > len(gpus):
             raise UserError(

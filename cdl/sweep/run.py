@@ -203,7 +203,7 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
             if claim is Claim.FINISHED:
                 listener.finished_elsewhere(point)
             if claim is Claim.FAILED:
-                listener.failed(point, store.failed()[point.id]["error"])
+                listener.failed(point, store.failed().get(point.id, {}).get("error", ""))
         return claim is Claim.MINE
 
     program: Program | None = None
@@ -225,10 +225,17 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
             _note_failure(next(p for p in todo if p.id == error.id), error.error, sweep)
             ended = store.ids() | store.failed().keys() | {p.id for p in taken}
             rest += [p for p in todo if p.id not in ended]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                _blame(todo, error, store)
+                raise
+            raise UserError(
+                f"the devices have too little memory for {where.lanes} lanes; use a smaller --lanes, "
+                f"compute.microbatches=2 or more, or compute.remat=full"
+            ) from error
         except Exception as error:
-            if not isinstance(error, UserError | Stopped):  # it may be the fault of any of them
-                for point in todo:
-                    store.release(point, failed="".join(traceback.format_exception(error)))
+            if not isinstance(error, UserError | Stopped):
+                _blame(todo, error, store)
             raise
         finally:
             for point in todo:
@@ -236,9 +243,17 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
     return taken
 
 
+def _blame(points: Sequence[Point], error: Exception, store: Store) -> None:
+    """It may be the fault of any of the runs under way."""
+    for point in points:
+        store.release(point, failed="".join(traceback.format_exception(error)))
+
+
 def _next_batch(points: list[Point], store: Store) -> tuple[list[Point], list[Point]]:
     """What to train now, and what after that: first those that nothing is known against; runs on their last try alone,
-    so that none takes others down with it."""
+    so that none takes others down with it. Several processes, whose files may lag behind, keep to the order given."""
+    if jax.process_count() > 1:
+        return points, []
     tries = {p.id: store.attempts(p) for p in points}
     last = [p for p in points if tries[p.id].crashes >= MOST_CRASHES - 1 or tries[p.id].deaths >= MOST_DEATHS - 1]
     others = sorted((p for p in points if p not in last), key=lambda p: tries[p.id].crashes + tries[p.id].deaths)
@@ -247,7 +262,7 @@ def _next_batch(points: list[Point], store: Store) -> tuple[list[Point], list[Po
 
 def _note_failure(point: Point, error: Exception, sweep: _Sweep) -> None:
     """A run has raised: try it again, or give it up."""
-    if not sweep.give_up:
+    if not sweep.give_up or jax.process_count() > 1:  # other processes do not know of it
         raise error
     user = isinstance(error, UserError)  # which will not go away by itself
     said = str(error) if user else "".join(traceback.format_exception(error))
