@@ -59,9 +59,8 @@ def main() -> None:
     ).stdout.split()
     *kind, platform_name = device
     packages = ", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax"))
-    print(
-        f"{' '.join(kind)}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}"
-    )
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    print(f"{' '.join(kind)}, {machine}, {packages}")
     parts = arguments.parts or (["store", "grid"] if platform_name == "cpu" else ["lanes", "store"])
     numbers: dict[str, Any] = {"device": kind, "packages": packages}
     if "store" in parts:
