@@ -37,6 +37,8 @@ __all__ = ["sweep", "trainer", "worker"]
 
 _SHOWN = 100  # rows of a grid
 
+Trainer = Callable[[Path, Sequence[Point], int | None], object]  # of points, into a folder, in so many lanes
+
 
 def sweep(arguments: argparse.Namespace) -> None:
     """`cdl sweep`."""
@@ -53,27 +55,35 @@ def sweep(arguments: argparse.Namespace) -> None:
     train(store.root, points, arguments.lanes)
     if jax.process_index() > 0:
         return
-    failed = [(p, store.failed()[p.id]) for p in points if p.id in store.failed()]
-    for point, record in failed:
-        print(f"Failed: eta_ref={point.config.eta_ref:g}, T={point.config.T} ({point.id}): {record['error']}")
+    failures = store.failed()
+    failed = [p for p in points if p.id in failures]
+    for point in failed:
+        said = failures[point.id]["error"]
+        print(f"Failed: eta_ref={point.config.eta_ref:g}, T={point.config.T} ({point.id}): {said}")
+    if store.ids():  # not where all have failed
+        _conclude(arguments, store, points, train)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(points)} runs failed; cdl show {store.root} {failed[0].id} says more, and the "
+            f"same command tries them again"
+        )
+
+
+def _conclude(arguments: argparse.Namespace, store: Store, points: Sequence[Point], train: Trainer) -> None:
+    """Fit the law, check it if asked to, and write the report."""
     try:
         made = plan(store.root)
     except NoLaw as e:  # the runs are what was asked for; not every grid has a law in it
         if arguments.check:
             raise UserError(f"the runs are done, but there is nothing to check: {e}") from e
         print(f"The runs are done, but there is no law to fit: {e}.\nResults: {store.root}")
-    else:
-        if arguments.check:
-            like = min(points, key=lambda p: p.config.seed).config  # one setting, or there were no law
-            checks = points_of(like, [dict(eta_ref=made.eta_ref, T=made.T)])
-            console().print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
-            train(store.root / CHECKS, checks, None)
-        show_report(*write_report(store.root))
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(points)} runs failed; cdl show {store.root} {failed[0][0].id} says more, and the "
-            f"same command tries them again"
-        )
+        return
+    if arguments.check:
+        like = min(points, key=lambda p: p.config.seed).config  # one setting, or there were no law
+        checks = points_of(like, [dict(eta_ref=made.eta_ref, T=made.T)])
+        console().print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
+        train(store.root / CHECKS, checks, None)
+    show_report(*write_report(store.root))
 
 
 def _dry_run(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator[str]:
@@ -109,7 +119,7 @@ def _dry_run(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator
     yield f"In all {flops:.3g} FLOPs, about {duration(seconds)} on {device}, compilation included (measured just now)"
 
 
-def trainer(arguments: argparse.Namespace) -> Callable[[Path, Sequence[Point], int | None], object]:
+def trainer(arguments: argparse.Namespace) -> Trainer:
     """Who trains: this process, or workers that it starts."""
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers={arguments.workers} must be at least 1")

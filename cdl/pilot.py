@@ -13,7 +13,7 @@ table that no earlier step had, and what asks for nothing runs over finite ladde
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import pandas as pd
 from scipy import stats
 
 from cdl.errors import UserError
-from cdl.laws.horizon import ALWAYS_IN, MOST_EXTRAPOLATION, HorizonFit, Line, NoLaw, fit_horizon, numbers
+from cdl.laws.horizon import ALWAYS_IN, MOST_EXTRAPOLATION, NoLaw, fit_horizon, numbers
 
 __all__ = ["Goal", "Step", "next_step"]
 
@@ -59,23 +59,14 @@ class Goal:
     longest: int | None = None
 
     def __post_init__(self) -> None:
-        first, longest = len(FIRST) * self.shortest, self.shortest if self.longest is None else self.longest
+        T, shortest, first = self.T, self.shortest, len(FIRST) * self.shortest
         for fine, wrong in (
-            (self.shortest >= 1, f"shortest={self.shortest} must be at least 1 update"),
-            (
-                self.shortest < self.T < math.inf,
-                f"T={self.T} must be beyond shortest={self.shortest}; raise T or lower that",
-            ),
+            (shortest >= 1, f"shortest={shortest} must be at least 1 update"),
+            (shortest < T < math.inf, f"T={T} must be beyond shortest={shortest}; raise T or lower shortest"),
             (0 < self.width < math.inf, f"width={self.width:g} must be a positive share of the loss, such as 0.02"),
             (0 < self.eta_ref < math.inf, f"eta_ref={self.eta_ref:g} must be positive and finite"),
-            (
-                first <= self.budget < math.inf,
-                f"budget={self.budget:g} must pay for the first grid: give {first} or more",
-            ),
-            (
-                self.shortest <= longest <= self.T,
-                f"longest={longest} must be from shortest={self.shortest} to T={self.T}",
-            ),
+            (first <= self.budget < math.inf, f"budget={self.budget:g} must pay for the first grid: {first} or more"),
+            (shortest <= self.top <= T, f"longest={self.top} must lie between shortest={shortest} and T={T}"),
         ):
             if not fine:
                 raise UserError(wrong)
@@ -109,6 +100,11 @@ def next_step(table: pd.DataFrame, goal: Goal) -> Step | str:
       A step: points that the table lacks and the budget pays for. Or why the pilots are over, in words.
     """
     runs, others = _read(table, goal)
+    return _next(table, goal, runs, others)
+
+
+def _next(table: pd.DataFrame, goal: Goal, runs: dict[_Point, float], others: float) -> Step | str:
+    """`next_step`, where runs that the plan will not come to take so many updates."""
     left = goal.budget - float(table["T"].sum())
     pilot = _Pilot(goal, goal.budget - others)
     for step in pilot.plan():
@@ -122,6 +118,9 @@ def next_step(table: pd.DataFrame, goal: Goal) -> Step | str:
         # A step that has begun is finished first, or what is asked would depend on which of its runs was the quickest.
         if len(missing) == len(points) and (enough := _known(table, goal)):
             return enough
+        unseen = pilot.left - left - (_cost(points) - _cost(missing))
+        if _cost(missing) > left and unseen > 0:  # the plan has taken the budget for larger than it is
+            return _next(table, goal, runs, others + unseen)
         ask = []
         for k, T in missing:
             if T <= left:
@@ -129,6 +128,10 @@ def next_step(table: pd.DataFrame, goal: Goal) -> Step | str:
                 ask.append((goal.rate(k), T))
         return Step(why, tuple(ask)) if ask else f"the budget is spent: {max(left, 0):.0f} updates are left"
     raise AssertionError("a plan ends with words")
+
+
+def _cost(points: Iterable[_Point]) -> int:
+    return sum(T for _, T in points)
 
 
 def _read(table: pd.DataFrame, goal: Goal) -> tuple[dict[_Point, float], float]:
@@ -149,6 +152,8 @@ def _read(table: pd.DataFrame, goal: Goal) -> tuple[dict[_Point, float], float]:
 
 def _known(table: pd.DataFrame, goal: Goal) -> str | None:
     """That the loss at T is known well enough, in words, if it is, and there were rates on both sides of the best."""
+    if table["T"].nunique() <= ALWAYS_IN:
+        return None
     try:
         fit = fit_horizon(table[table["status"] != "failed"])
     except NoLaw:
@@ -157,29 +162,13 @@ def _known(table: pd.DataFrame, goal: Goal) -> str | None:
     p = best.predict(goal.T)
     if (
         not 0 <= p.high - p.low < goal.width * p.loss
-        or len(np.unique(best.T)) <= ALWAYS_IN  # none can be tested for being too short
+        or len(np.unique(best.T)) <= ALWAYS_IN  # of four none was tested, and they may lie straight by luck
         or best.T.max() * MOST_EXTRAPOLATION < goal.T
         or not table["eta_ref"].min() < best.eta_ref < table["eta_ref"].max()
-        or (p.high - p.low) * _scatter(fit, best) >= goal.width * p.loss
     ):
         return None
     found = f"{p.loss:.4f}, 95% interval {p.low:.4f} to {p.high:.4f}, with eta_ref={best.eta_ref:g}"
     return f"the loss at T={goal.T} is known to {goal.width:.2g} of itself: {found}"
-
-
-def _scatter(fit: HorizonFit, best: Line) -> float:
-    """How much more the best line and its neighbours scatter than it does alone, 1 at least.
-
-    Who ends at the first narrow interval ends on lines whose few losses lie straight by chance.
-    """
-
-    def variance(lines: list[Line]) -> float:
-        squares = sum(float(((x.loss - x.L_inf - x.Q / np.sqrt(x.T)) ** 2).sum()) for x in lines)
-        return squares / sum(len(x.T) - 2 for x in lines)
-
-    near = [x for x in fit.lines if len(x.T) > 2 and abs(math.log2(x.eta_ref / best.eta_ref)) < 1.1]
-    own = variance([best])
-    return max(1.0, math.sqrt(variance(near) / own)) if own > 0 else 1.0
 
 
 class _Pilot:
@@ -197,7 +186,7 @@ class _Pilot:
             if isinstance(step, str):
                 return
         ladder, rung = [goal.shortest], goal.shortest
-        while rung < goal.top:
+        while rung < goal.top and self._sound():
             rung = min(LADDER * rung, goal.top)
             T, rates = rung, self._contenders(rung)
             if len(rates) * T > self.left:  # all of them at a shorter horizon, or else the best alone
@@ -216,17 +205,21 @@ class _Pilot:
             ladder.append(T)
             best = self._best()
             lacking = [(best, t) for t in ladder if (best, t) not in self.runs and not self._too_high(best, t)]
-            if lacking and sum(t for _, t in lacking) <= self.left:
+            if lacking and _cost(lacking) <= self.left:
                 yield f"the horizons that eta_ref={goal.rate(best):g}, now the best rate, lacks", lacking
         for T in reversed([round(math.sqrt(a * b)) for a, b in itertools.pairwise(ladder)]):
             rates = self._contenders(T)
             rates = rates if len(rates) * T <= self.left else rates[:1]
             if 0 < len(rates) * T <= self.left:
                 yield f"T={T}, between those trained: the interval at T={goal.T} is wide", [(k, T) for k in rates]
-        if self._sound():
-            yield f"what would help is trained, up to T={ladder[-1]}; of the budget {self.left:.0f} updates are left"
+        if not self._sound():
+            why = "every rate diverged at some horizon; give a smaller eta_ref"
+        elif ladder[-1] < goal.top and self.left < LEAST_LADDER * ladder[-1]:
+            why = "the budget is spent"
         else:
-            yield "every rate diverged at some horizon; give a smaller eta_ref"
+            why = "all that would help is trained"
+        failed = sum(math.isnan(loss) for loss in self.runs.values())
+        yield f"{why}: {self.left:.0f} updates are left" + (f", {failed} runs failed" if failed else "")
 
     def _grid(self) -> _Steps:
         """The rates at the shortest horizon: a coarse grid, widened until the best is inside, refined around it."""
@@ -255,7 +248,7 @@ class _Pilot:
     @property
     def left(self) -> float:
         """What is left of the budget."""
-        return self.budget - sum(T for _, T in self.runs)
+        return self.budget - _cost(self.runs)
 
     def _sound(self) -> dict[_Point, float]:
         """The losses of rates that did not diverge at a horizon as long or longer."""

@@ -60,6 +60,9 @@ class Watch:
     def __init__(self, store: Store, ids: set[str] | None = None):
         """ids: of the points of interest; all that were asked for if None."""
         self._store, self._only = store, ids
+        self._names: set[str] = set()  # of the grids that were read
+        self._asked: dict[str, dict[str, Any]] = {}
+        self._models: dict[str, str] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self.points: dict[str, dict[str, Any]] = {}
 
@@ -101,10 +104,15 @@ class Watch:
         )
 
     def points_asked(self) -> dict[str, dict[str, Any]]:
-        """Config and fingerprints of every point of interest, by id."""
-        grids = self._store.grids()
-        all_points = {own["id"]: grid["common"] | own for grid in grids for own in grid["points"]}
-        return {id: p for id, p in all_points.items() if self._only is None or id in self._only}
+        """Config and fingerprints of every point of interest, by id. Grids do not change; there may be more of them."""
+        if (names := self._store.grid_names()) != self._names:
+            self._names = names
+            for grid in self._store.grids():
+                for own in grid["points"]:
+                    if self._only is None or own["id"] in self._only:
+                        self._asked[own["id"]] = grid["common"] | own
+            self._models = {id: _model(point) for id, point in self._asked.items()}
+        return dict(self._asked)
 
     def _left(
         self, points: dict[str, dict[str, Any]], ended: set[str], told: dict[str, Any], flops_per_s: float
@@ -114,13 +122,13 @@ class Watch:
             return None
         costs: dict[str, float] = {}
         for id, known in [*self.results.items(), *told.items()]:
-            if id in points and known.get("flops_per_step"):
-                costs[_model(points[id])] = known["flops_per_step"]
+            if id in self._models and known.get("flops_per_step"):
+                costs[self._models[id]] = known["flops_per_step"]
         if not costs:
             return None
         mean = sum(costs.values()) / len(costs)
         left = (
-            (p["T"] - told.get(id, {}).get("step", 0)) * costs.get(_model(p), mean)
+            (p["T"] - told.get(id, {}).get("step", 0)) * costs.get(self._models[id], mean)
             for id, p in points.items()
             if id not in ended
         )

@@ -13,6 +13,7 @@ ROOT = Path(cdl.__file__).parent
 # Higher may import lower. What is not listed may be imported by all.
 LAYERS = [
     {"cli"},
+    {"cli_pilot"},
     {"cli_sweep"},
     {"cli_train", "cli_store"},
     {"report", "cli_theory", "cli_laws", "cli_data"},

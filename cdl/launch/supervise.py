@@ -14,8 +14,8 @@ from cdl.train.loop import Stopped
 __all__ = ["Backend", "End", "describe", "supervise"]
 
 _POLL_SECONDS = 0.5
-_MOST_IN_VAIN = 3  # workers in a row that end by themselves without having begun a run
-_MOST_KILLED = 30  # or are killed before they have
+_MOST_CRASHES = 3  # of workers, before any has begun a run
+_MOST_STARTS = 30  # of workers that are killed before they have, say
 BAD_INPUT = 2  # exit code of `cdl.cli` for what a person has to mend
 _BY_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -71,25 +71,26 @@ def supervise(
       Stopped: it was asked to.
       UserError: what a worker says that a person has to mend; workers that end before they begin a run.
     """
-    in_vain, killed, before = 0, 0, -len(_left(store, points)) * 10**6
+    crashed, started = 0, 0  # since a run was last begun
+    before, last = _progress(store, points), None
     try:
         while left := _left(store, points):
             for end in backend.ended():
                 bury(store, end)
                 if end.code == BAD_INPUT:
                     raise UserError(_last_line(end.log).removeprefix("cdl: error: "))
-                # Every run that was begun has a claim more, or has ended.
-                begun = sum(len(list(store.checkpoints(p).glob("claim-*"))) - 10**6 for p in left)
-                in_vain, killed = (in_vain, killed) if begun == before else (0, 0)
-                in_vain, killed = (in_vain, killed + 1) if _by_others(end) else (in_vain + 1, killed)
-                before = begun
-                if in_vain >= _MOST_IN_VAIN or killed >= _MOST_KILLED:
-                    last = _last_line(end.log)
-                    raise UserError(f"workers end without having begun a run ({describe(end)}: {last}); see {end.log}")
+                crashed += end.code != 0 and not _by_others(end)
+                last = end
+            if (now := _progress(store, left)) != before:
+                crashed, started, before = 0, 0, now
+            if crashed >= _MOST_CRASHES or started >= _MOST_STARTS:
+                said = f"{describe(last)}: {_last_line(last.log)}" if last else "they say nothing"
+                raise UserError(f"workers end without having begun a run ({said}); see {store.root / 'logs'}")
             free = sum(not store.claims.holder(store.checkpoints(p)) for p in left)
             more = min(workers - len(backend.jobs()) - _others(store, backend), free)
             if more > 0:
                 backend.start(more)
+                started += 1
             show()
             if stop():
                 raise Stopped
@@ -101,6 +102,11 @@ def supervise(
 def _left(store: Store, points: Sequence[Point]) -> list[Point]:
     ended = store.ids() | store.failed().keys()
     return [p for p in points if p.id not in ended]
+
+
+def _progress(store: Store, left: Sequence[Point]) -> tuple[int, int]:
+    """Changes with every run that is begun or ends."""
+    return len(left), sum(len(list(store.checkpoints(p).glob("claim-*"))) for p in left)
 
 
 def _others(store: Store, backend: Backend) -> int:

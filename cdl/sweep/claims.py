@@ -77,7 +77,6 @@ class Worker:
         self._thread.join()
         with contextlib.suppress(OSError):
             self._file.unlink()
-            self._file.parent.rmdir()  # unless others are there
 
     def tell(self, **about: Any) -> None:
         """Say something more in the file, at the next beat."""

@@ -129,10 +129,14 @@ class Store:
         files = self.root.glob(f"checkpoints/*/{_FAILED}")
         return {f.parent.name: _read_json(f, f"the folder {f.parent}") for f in files}
 
+    def grid_names(self) -> set[str]:
+        """Of the grids that were asked for."""
+        return {f.stem for f in (self.root / "grids").glob("*.json")}
+
     def grids(self, name: str | None = None) -> list[dict[str, Any]]:
         """The grids that were asked for, oldest first, or the one of that name (`grid_name`), as
         `cdl.sweep.grid.points_in` reads them."""
-        files = [self.root / "grids" / f"{name}.json"] if name else (self.root / "grids").glob("*.json")
+        files = [self.root / "grids" / f"{name}.json" for name in ([name] if name else self.grid_names())]
         ordered = sorted(files, key=lambda f: f.stat().st_mtime_ns if f.exists() else 0)
         return [_read_json(f, "this file") for f in ordered]
 

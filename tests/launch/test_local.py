@@ -81,7 +81,7 @@ def test_two_workers_give_the_table_of_one_process(tiny_sweep: Path, tmp_path: P
     assert done.stderr.count("  loss ") == 8
     equal(out, tiny_sweep)
     assert not list((out / "checkpoints").iterdir())
-    assert not (out / "workers").exists()
+    assert not list((out / "workers").iterdir())
     again = run(sweep(out, "--workers=2"))
     assert "all 8 runs are there already" in again.stderr
     assert again.stdout == done.stdout
@@ -220,6 +220,14 @@ def test_ctrl_c_has_workers_save(tmp_path: Path) -> None:
         assert store.saved(point)
         assert not store.claims.holder(store.checkpoints(point))
         assert store.attempts(point) == Attempts()
+
+
+@pytest.mark.slow
+def test_workers_that_find_nothing_to_do_end_in_peace(tiny_sweep: Path, tmp_path: Path) -> None:
+    """Eight for eight runs: most come too late."""
+    done = run(sweep(tmp_path / "s", "--workers=8"))
+    assert done.returncode == 0, done.stderr
+    equal(tmp_path / "s", tiny_sweep)
 
 
 def test_workers_that_cannot_begin_are_not_started_for_ever(tiny_sweep: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_of_many_processes_that_want_all_runs_each_run_has_one(tmp_path: Path) -
         for process in processes:
             go_on(process)
     assert held == Counter(run.name for run in runs)
-    assert not (tmp_path / "workers").exists()
+    assert not list((tmp_path / "workers").iterdir())
 
 
 def test_a_run_whose_process_was_killed_is_free_at_once(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_point_has_one_process_at_a_time(tmp_path: Path) -> None:
         theirs.release(p)
         assert ours.begin(p, we, {}) is Claim.FINISHED
     assert ours.ids() == {p.id}
-    assert {f.name for f in ours.root.iterdir()} == {"sweep.json", "grids", "checkpoints", p.id}
+    assert {f.name for f in ours.root.iterdir()} == {"sweep.json", "grids", "checkpoints", "workers", p.id}
     assert not list((ours.root / "checkpoints").iterdir())
 
 

@@ -33,7 +33,7 @@ from cdl.sweep.programs import points_of, program_for
 from cdl.sweep.store import Store
 from cdl.train import checkpoint
 from cdl.train.checkpoint import Checkpoints
-from cdl.train.loop import Outcome, Run, Saving, Stopped, train
+from cdl.train.loop import Outcome, Run, RunError, Saving, Stopped, train
 from cdl.train.step import Program
 
 from ..conftest import TINY
@@ -160,8 +160,10 @@ def test_trouble_of_one_run_loses_no_step_of_another(where: str, tmp_path: Path)
 
     troubled = {"a batch": 0, "the next run": 2}[where]
     runs = [replace(r, batches=batches) if i == troubled else r for i, r in enumerate(RUNS)]
-    with pytest.raises(UserError, match="the disk is gone"):
+    with pytest.raises(RunError, match="the disk is gone") as raised:
         trained(p, runs, saving(tmp_path / "b"))
+    assert raised.value.id == RUNS[troubled].id
+    assert isinstance(raised.value.error, UserError)
     saved = {r.id: Checkpoints(tmp_path / "b" / r.id, {"id": r.id}).found() for r in RUNS}
     assert saved[RUNS[1 if troubled == 0 else 0].id]
     equal(trained(p, RUNS, saving(tmp_path / "b")), straight)
