@@ -80,7 +80,7 @@ def show(arguments: argparse.Namespace) -> None:
     holder = store.claims.holder(store.root / "checkpoints" / id)
     said = {"status": f"trained by {holder}" if holder else "waiting"}
     said |= store.claims.record(holder).get("runs", {}).get(id, {}) if holder else {}
-    _print_fields(said | points[id])
+    _print_fields({"id": id} | said | points.get(id, {}))
 
 
 def table(arguments: argparse.Namespace) -> None:
@@ -119,7 +119,11 @@ def rm(arguments: argparse.Namespace) -> None:
     if not arguments.yes:
         if not sys.stdin.isatty():
             raise UserError(f"this would remove {len(ids)} runs and asks a person first; give --yes")
-        if input(f"Remove {len(ids)} of the {len(store.ids())} runs in {store.root} for good? [y/N] ").lower() != "y":
+        try:
+            answer = input(f"Remove {len(ids)} runs from {store.root} for good? [y/N] ")
+        except EOFError:
+            answer = ""
+        if answer.lower() != "y":
             print("Nothing was removed.")
             return
     store.remove(ids)

@@ -42,6 +42,8 @@ Trainer = Callable[[Path, Sequence[Point], int | None], object]  # of points, in
 
 def sweep(arguments: argparse.Namespace) -> None:
     """`cdl sweep`."""
+    if arguments.lanes is not None and arguments.lanes < 1:
+        raise UserError(f"--lanes={arguments.lanes} must be at least 1")
     if arguments.dry_run:
         start_devices(arguments)
         print("\n".join(_dry_run(_grid(arguments), arguments)))
@@ -129,7 +131,7 @@ def trainer(arguments: argparse.Namespace) -> Trainer:
     if arguments.backend == "local" and arguments.workers is None:
         start_devices(arguments)
         return lambda root, points, lanes: train_points(arguments, root, points, lanes, give_up=True)
-    if arguments.distributed or arguments.coordinator is not None:
+    if arguments.distributed or any(x is not None for x in (arguments.coordinator, arguments.processes)):
         raise UserError("--workers start by themselves, each for runs of its own; leave out --distributed and the like")
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'

@@ -91,7 +91,7 @@ def test_pilots_end_within_the_budget_and_ask_for_nothing_twice(run: Run, budget
         assert table["eta_ref"].min() < best < table["eta_ref"].max()
 
 
-@pytest.mark.parametrize("budget", [4000, 20_000])
+@pytest.mark.parametrize("budget", [3000, 20_000])
 @pytest.mark.parametrize(
     "run", [world(), world(best=1.4), world(best=20, noise=0.02, bend=-30), ODD["high peaks diverge"], random]
 )
@@ -175,6 +175,8 @@ def test_runs_of_others_count_and_are_used() -> None:
     assert "is known" in next_step(grid, GOAL)
     assert isinstance(next_step(grid, Goal(T=6400, budget=20_000, width=1e-4)), Step)
     assert "budget is spent" in next_step(grid, Goal(T=6400, budget=10_000, width=1e-4))
+    begun = pd.concat([grid, rows(run, ((1.0, 100),))])
+    assert isinstance(next_step(begun, GOAL), Step)  # which is finished, whichever of its runs was the first
     failed = pd.concat([grid, rows(lambda e, T: ("failed", math.nan), ((1.2, 3200),))])
     assert "is known" in next_step(failed, GOAL)
     grid = rows(run, tuple((e, T) for e in (0.5, 1.0, 2.0, 3.0) for T in (100, 200, 400, 700, 1000, 1600)))
@@ -191,7 +193,7 @@ def simulate(kind: dict[str, float], noise: float, n: int) -> pd.DataFrame:
     for seed in range(n):
         rng = np.random.default_rng(seed)
         run = world(2 ** rng.uniform(-4, 4), noise, seed, **kind)
-        goal = Goal(T=25_600, budget=20_000)
+        goal = Goal(T=12_800, budget=10_000)
         table, _, _ = pilot(run, goal)
         shortest = table["T"].sum() / 5 / 63
         product = tuple((4.0**k, round(shortest * 2**i)) for k in range(-2, 3) for i in range(6))
@@ -205,15 +207,12 @@ def simulate(kind: dict[str, float], noise: float, n: int) -> pd.DataFrame:
 
 
 def test_pilots_keep_what_they_promise_and_beat_a_grid_of_the_same_cost() -> None:
-    inside = []
-    for kind, noise, n in (({}, 0.003, 50), ({}, 0.01, 25), ({"bend": -30}, 0.005, 25)):
-        means = simulate(kind, noise, n)
-        inside.append(n * means.loc["pilot", "inside"])
-        assert means.loc["pilot", "regret"] < 0.002
-        assert means.loc["pilot", "regret"] < means.loc["grid", "regret"]
-        if kind:
-            assert means.loc["pilot", "error"] < means.loc["grid", "error"] / 2
-    assert sum(inside) / 100 > 0.9
+    calm, noisy, bent = simulate({}, 0.003, 40), simulate({}, 0.01, 30), simulate({"bend": -30}, 0.005, 8)
+    for means in (calm, noisy, bent):
+        assert means["regret"]["pilot"] < 0.002
+        assert means["regret"]["pilot"] < means["regret"]["grid"] / 2
+    assert (40 * calm["inside"]["pilot"] + 30 * noisy["inside"]["pilot"]) / 70 > 0.9  # where the law holds
+    assert bent["error"]["pilot"] < bent["error"]["grid"] / 2
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def shares(workers: int) -> list[tuple[dict[str, str], list[str]]]:
 
 def _gpus() -> list[str]:
     """Names of the NVIDIA GPUs that JAX would use, found without it: it would take their memory."""
-    if os.environ.get("JAX_PLATFORMS", "cuda") not in ("cuda", "gpu") or not shutil.which("nvidia-smi"):
+    wanted = os.environ.get("JAX_PLATFORMS") or "cuda"
+    if not {"cuda", "gpu"} & set(wanted.split(",")) or not shutil.which("nvidia-smi"):
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [x for x in visible.split(",") if x]

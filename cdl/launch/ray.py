@@ -1,5 +1,6 @@
 """Workers that are tasks of a Ray cluster: Ray finds each a place with the resources that it needs."""
 
+import math
 import os
 import re
 import socket
@@ -116,8 +117,14 @@ def parse_resources(text: str) -> dict[str, float]:
     >>> parse_resources("GPU=1,CPU=8")
     {'GPU': 1.0, 'CPU': 8.0}
     """
-    parts = [part.partition("=") for part in text.split(",")]
-    try:
-        return {name: float(number) for name, _, number in parts}
-    except ValueError:
-        raise UserError(f"--resources={text!r} must be names and numbers, such as GPU=1,CPU=8") from None
+    resources: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not name or not 0 < value < math.inf or name in resources:
+            raise UserError(f"--resources={text!r} must be names and positive numbers, such as GPU=1,CPU=8")
+        resources[name] = value
+    return resources

@@ -39,11 +39,15 @@ class Slurm:
             f'#!/bin/sh\nexec {shlex.join(command)} --job="slurm-${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" '
             f'--cpus="${{SLURM_CPUS_PER_TASK:-1}}"\n'
         )
+        try:
+            given = shlex.split(options)
+        except ValueError as error:
+            raise UserError(f"--sbatch={options!r} cannot be read ({error}); quote as in a shell") from error
         self._options = [
+            *given,  # first: what follows has to hold
             f"--job-name={name}",
             f"--output={logs}/slurm-%A_%a.log",
             f"--signal=B:TERM@{_NOTICE_SECONDS}",
-            *shlex.split(options),
         ]
         self._logs = logs
         self._jobs: set[str] = set()  # as in 123_4
@@ -52,7 +56,7 @@ class Slurm:
 
     def start(self, workers: int) -> None:
         # One that is requeued by Slurm would run beside the one that replaces it.
-        command = ["sbatch", "--parsable", "--no-requeue", f"--array=0-{workers - 1}", *self._options]
+        command = ["sbatch", *self._options, "--parsable", "--no-requeue", f"--array=0-{workers - 1}"]
         done = _ask(command, self._script)
         if done.returncode:
             raise UserError(f"{_one_line(done.stderr)}; mend that, or --sbatch=OPTIONS")

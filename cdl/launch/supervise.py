@@ -1,5 +1,6 @@
 """Keep the workers of a sweep going until every run has ended."""
 
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from cdl.train.loop import Stopped
 __all__ = ["Backend", "End", "describe", "supervise"]
 
 _POLL_SECONDS = 0.5
+_LAST_SECONDS = 20.0  # for workers to end by themselves once all runs have
 _MOST_CRASHES = 3  # of workers, before any has begun a run
 _MOST_STARTS = 30  # of workers that are killed before they have, say
 BAD_INPUT = 2  # exit code of `cdl.cli` for what a person has to mend
@@ -95,6 +97,7 @@ def supervise(
             if stop():
                 raise Stopped
             time.sleep(_POLL_SECONDS)
+        _wait(backend, store, _LAST_SECONDS)  # nothing is left for them, and they are about to see it
     finally:
         _end(backend, store)
 
@@ -121,13 +124,19 @@ def _end(backend: Backend, store: Store) -> None:
     if backend.jobs():
         backend.stop(kill=False)
     try:
-        while backend.jobs():
-            for end in backend.ended():
-                bury(store, end)
-            time.sleep(0.1)
+        _wait(backend, store, math.inf)
     except KeyboardInterrupt:
         backend.stop(kill=True)
         raise
+
+
+def _wait(backend: Backend, store: Store, seconds: float) -> None:
+    """Until all workers have ended, so long at most."""
+    began = time.monotonic()
+    while backend.jobs() and time.monotonic() - began < seconds:
+        for end in backend.ended():
+            bury(store, end)
+        time.sleep(0.1)
 
 
 def bury(store: Store, end: End) -> None:
@@ -148,7 +157,8 @@ def describe(end: End) -> str:
     if end.code is None:
         return f"{end.job} was lost"
     if end.code < 0:
-        return f"{end.job} was ended by {signal.Signals(-end.code).name}"
+        known = -end.code in set(signal.Signals)
+        return f"{end.job} was ended by {signal.Signals(-end.code).name if known else f'signal {-end.code}'}"
     return f"{end.job} ended with exit code {end.code}"
 
 

@@ -120,7 +120,11 @@ class Claims:
           OSError: nothing can be written.
         """
         newest = _newest(folder)
-        if newest and self.held(folder / f"claim-{newest}"):
+        claim = folder / f"claim-{newest}"
+        said = _read(claim)
+        if said.get("worker") == worker and "ended" not in said:
+            return claim  # it could not be let go of, when nothing could be written
+        if newest and self.held(claim):
             return None
         claim = folder / f"claim-{newest + 1}"
         return claim if create(claim, json.dumps({"worker": worker, "step": step})) else None
@@ -139,9 +143,9 @@ class Claims:
         return "ended" not in said and self.alive(said["worker"])
 
     def superseded(self, claim: Path) -> bool:
-        """Has another process thought the holder dead, and taken the run?"""
+        """Has another process thought the holder dead and taken the run, and maybe ended it?"""
         number = _CLAIM.fullmatch(claim.name)
-        return number is not None and _newest(claim.parent) > int(number[1])
+        return number is None or _newest(claim.parent) != int(number[1])
 
     def end(self, claim: Path, how: str, said: str = "") -> None:
         """Let go of a claim: "released", or "failed" with what is known of it."""
@@ -153,6 +157,8 @@ class Claims:
         crashes, deaths, said = 0, 0, ""
         for n in range(_newest(folder), 0, -1):
             claim = _read(folder / f"claim-{n}")
+            if "worker" not in claim:
+                continue  # its writer died over it
             if "forgiven" in claim or claim.get("step") != step:
                 break
             if "ended" not in claim and self.alive(claim["worker"]):
@@ -184,11 +190,16 @@ class Claims:
             said = json.loads(text)
         except ValueError:
             said = {}
-        if "crashed" in said or "died" in said:
+        if file.with_suffix(".dead").exists():
             return False
         if said.get("host") == _host() and said.get("born"):
-            return _born(said["pid"]) == said["born"]
-        return self._moves(worker, stamp)
+            born = _born(said["pid"])
+            if born is not None:
+                return born == said["born"]
+        if self._moves(worker, stamp):
+            return True
+        self.bury(worker)  # others have not watched it for so long
+        return False
 
     def _moves(self, what: str, stamp: int) -> bool:
         """Was there another stamp than this within the last minute, or is it not that long known here?"""
@@ -202,23 +213,25 @@ class Claims:
         return sorted(f.stem for f in self._workers.glob("*.json"))
 
     def record(self, worker: str) -> dict[str, Any]:
-        """What a worker says of itself, or was said of it; empty where there is nothing."""
-        return _read(self._workers / f"{worker}.json")
+        """What a worker says of itself, and what was said of its death; empty where there is nothing."""
+        file = self._workers / f"{worker}.json"
+        return _read(file) | _read(file.with_suffix(".dead"))
 
     def bury(self, worker: str, crashed: str = "") -> None:
         """Write down that a worker is dead: whoever started it knows before others can. crashed: by its own doing."""
-        file = self._workers / f"{worker}.json"
-        if file.exists():
+        file = self._workers / f"{worker}.dead"
+        if file.with_suffix(".json").exists():
             with contextlib.suppress(OSError):
-                replace(file, json.dumps(_read(file) | ({"crashed": crashed} if crashed else {"died": True})))
+                replace(file, json.dumps({"crashed": crashed} if crashed else {}))
 
     def forget_dead(self, folders: Iterable[Path]) -> None:
         """Remove the files of dead workers but those that claims in these folders speak of."""
         named = {_read(claim).get("worker") for folder in folders for claim in folder.glob("claim-*")}
         for worker in self.workers():
             if worker not in named and not self.alive(worker):
-                with contextlib.suppress(OSError):
-                    (self._workers / f"{worker}.json").unlink()
+                for suffix in (".dead", ".json"):
+                    with contextlib.suppress(OSError):
+                        (self._workers / f"{worker}{suffix}").unlink()
 
 
 def create(file: Path, text: str) -> bool:
@@ -233,13 +246,13 @@ def create(file: Path, text: str) -> bool:
         try:
             os.link(temporary, file)
         except FileExistsError:
-            return temporary.stat().st_nlink == 2  # NFS: done, but the answer was lost and the question repeated
+            return file.read_text() == text  # NFS: done, but the answer was lost and the question repeated
         except OSError:  # no hard links here
             try:
                 with file.open("x") as f:
                     f.write(text)
             except FileExistsError:
-                return False
+                return file.read_text() == text
         return True
     finally:
         temporary.unlink(missing_ok=True)
@@ -273,9 +286,13 @@ def _born(pid: int) -> str | None:
     """When a process was started, in ticks since the host was; "" where it is no more, None where that is not told."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return "" if Path("/proc/self/stat").exists() else None
-    except OSError:
+    except OSError:  # some systems hide the processes of others
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except OSError:
+            return None
         return None
     return "" if state in "ZX" else rest[18]
 

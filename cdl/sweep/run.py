@@ -117,7 +117,7 @@ def run_points(
         worker = Worker(store.root, about)
         if jax.process_index() == 0:
             stack.enter_context(worker)
-        listeners = [*listeners, _Telling(worker, store)]
+        listeners = [*listeners, _Telling(worker)]
         for listener in listeners:
             listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
         sweep, waits = _Sweep(store, worker, listeners, keep, give_up, stop), False
@@ -147,10 +147,10 @@ class _Sweep(NamedTuple):
 
 
 class _Telling:
-    """A `Listener` that says in the worker's file what it does, and notices when others have thought it dead."""
+    """A `Listener` that says in the worker's file what it does."""
 
-    def __init__(self, worker: Worker, store: Store):
-        self._worker, self._store = worker, store
+    def __init__(self, worker: Worker):
+        self._worker = worker
         self._costs: Mapping[str, StepCost] = {}
         self._speed, self._steps = Speed(), Counter[str]()
         self._told = 0.0
@@ -176,11 +176,6 @@ class _Telling:
         cost = costs[lanes[0].run.id]
         flops_per_s = per_s and per_s / cost.amount * cost.flops
         self._worker.tell(runs=runs, unit=cost.unit, per_s=per_s, flops_per_s=flops_per_s)
-        if lost := self._store.lost():
-            raise UserError(
-                f"this process was silent for so long that another one has taken over its run {lost[0]}; it ends here, "
-                f"and the same command goes on"
-            )
 
     def finished(self, point: Point, result: Mapping[str, Any]) -> None: ...
 
@@ -223,8 +218,6 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
             _train_group(program, todo, mine, claimed, where.at_once, cost, sweep)
         except RunError as error:
             _note_failure(next(p for p in todo if p.id == error.id), error.error, sweep)
-            ended = store.ids() | store.failed().keys() | {p.id for p in taken}
-            rest += [p for p in todo if p.id not in ended]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 _blame(todo, error, store)
@@ -240,6 +233,9 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
         finally:
             for point in todo:
                 store.release(point)
+        if jax.process_count() == 1:  # a run has failed, or was taken over, and stopped the others
+            ended = store.ids() | store.failed().keys() | {p.id for p in taken}
+            rest += [p for p in todo if p.id not in ended]
     return taken
 
 
@@ -289,20 +285,33 @@ def _train_group(
     opened: dict[str, Checkpoints] = {}  # of the runs under way
     replaced = _Replaced()
     unwritten: list[UserError] = []
+    lost: set[str] = set()  # runs that others have taken over
 
     def open(run: Run) -> Checkpoints | None:
         point = by_id[run.id]
         if run.id not in mine and not claimed(point):
             return None
-        opened[run.id] = Checkpoints(store.checkpoints(point), point.identity, keep=c.checkpoint.keep)
+        try:
+            opened[run.id] = Checkpoints(store.checkpoints(point), point.identity, keep=c.checkpoint.keep)
+        except UserError as error:  # that of another run
+            raise RunError(run.id, error) from error
         return opened[run.id]
 
     def on_block(lanes: list[LaneStatus]) -> None:
         for listener in listeners:
             listener.block(lanes)
+        for id in store.lost():
+            if id in opened and id not in lost:
+                say(f"this process was silent for so long that another one has taken over its run {id}")
+                lost.add(id)
+                opened[id].abandon()
 
     def finish(outcome: Outcome) -> None:
         point, checkpoints = by_id[outcome.run.id], opened[outcome.run.id]
+        if point.id in store.lost():
+            lost.add(point.id)
+            checkpoints.abandon()
+            return
         kept = keep and outcome.status == "done"
         if kept and checkpoints.latest != point.config.T:  # said already; what is not kept is not done
             there = f"those of step {checkpoints.latest} are" if checkpoints.latest else "none are"
@@ -338,14 +347,14 @@ def _train_group(
         on_block,
         at_once=at_once,
         saving=Saving(open, c.checkpoint.seconds, c.checkpoint.steps, keep),
-        stop=lambda: bool(unwritten) or sweep.stop(),
+        stop=lambda: bool(unwritten or lost) or sweep.stop(),
     )
     together = True
     try:
         for outcome in outcomes:
             finish(outcome)
     except Stopped:
-        if not unwritten:
+        if not unwritten and (sweep.stop() or not lost or jax.process_count() > 1):
             raise
     except BaseException as e:
         # Of several processes this may be the only one that got here; and who interrupts twice will not wait.

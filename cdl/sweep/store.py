@@ -126,8 +126,15 @@ class Store:
 
     def failed(self) -> dict[str, dict[str, Any]]:
         """Of the points that were given up, id -> what is known: status, error, traceback, attempts."""
-        files = self.root.glob(f"checkpoints/*/{_FAILED}")
-        return {f.parent.name: _read_json(f, f"the folder {f.parent}") for f in files}
+        failed: dict[str, dict[str, Any]] = {}
+        for file in self.root.glob(f"checkpoints/*/{_FAILED}"):
+            try:
+                failed[file.parent.name] = json.loads(file.read_text())
+            except FileNotFoundError:
+                continue  # it is tried again
+            except (OSError, ValueError) as e:
+                failed[file.parent.name] = {"status": "failed", "error": f"{file} is damaged ({e})", "traceback": ""}
+        return failed
 
     def grid_names(self) -> set[str]:
         """Of the grids that were asked for."""
@@ -171,8 +178,7 @@ class Store:
             return Claim.FINISHED
         if (folder / _FAILED).is_file():
             return Claim.FAILED
-        folder.mkdir(parents=True, exist_ok=True)
-        claim = self.claims.take(folder, worker.name, self.saved(point) or 0)
+        claim = self._take(folder, worker, self.saved(point) or 0)
         if claim is None:
             return Claim.TAKEN
         self._mine[point.id] = claim
@@ -182,14 +188,20 @@ class Store:
         tries = self.attempts(point)
         if tries.crashes >= MOST_CRASHES or tries.deaths >= MOST_DEATHS:
             died = f"its process was killed, or lost, {tries.deaths} times before the run got further"
-            self.release(point)
             self._give_up(point, tries.said or died)
+            self.claims.end(claim, "released")
             return Claim.FAILED
         for left in folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
         said = _described(point) | dict(about) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
         replace(folder / "run.json", json.dumps(said, indent=1))
         return Claim.MINE
+
+    def _take(self, folder: Path, worker: Worker, step: int) -> Path | None:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # whoever has just finished it has removed the folder
+                return self.claims.take(folder, worker.name, step)
 
     def release(self, point: "Point", failed: str | None = None) -> None:
         """Let others have a point that was begun. failed: what went wrong, where something did."""
@@ -212,7 +224,8 @@ class Store:
 
     def fail(self, point: "Point", trouble: str) -> None:
         """Give up a point that is this process's. trouble: what went wrong, the most telling line last."""
-        self.release(point, failed=trouble)
+        if claim := self._mine.get(point.id):
+            self.claims.end(claim, "failed", trouble)
         self._give_up(point, trouble)
 
     def _give_up(self, point: "Point", trouble: str) -> None:
@@ -225,6 +238,7 @@ class Store:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         replace(self.checkpoints(point) / _FAILED, json.dumps(record, indent=1))
+        self._mine.pop(point.id, None)
 
     def retry(self, points: "Iterable[Point]") -> None:
         """Points that were given up may be tried again."""
@@ -288,7 +302,7 @@ class Store:
 
     def begun(self) -> list[Path]:
         """The folders of points under way, given up, or kept weights of."""
-        return sorted((self.root / "checkpoints").glob("*"))
+        return sorted(f for f in (self.root / "checkpoints").glob("*") if _ID.fullmatch(f.name) and f.is_dir())
 
     def table(self) -> pd.DataFrame:
         """One row per finished point: id, status, results, then every config field; by eta_ref, then T.

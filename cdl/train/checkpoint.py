@@ -78,6 +78,7 @@ class Checkpoints:
         self._about = json.loads(json.dumps(about))  # tuples are lists from here on, as they will be when read
         self._pending: tuple[int, Any] | None = None  # the save under way: its step, its Orbax checkpointer
         self._latest: int | None = None
+        self._abandoned = False
         try:
             for step, record in self._records(_steps(self._folder)):
                 self._check(step, "of another run", _fields(record["about"]), _fields(self._about))
@@ -96,7 +97,7 @@ class Checkpoints:
           losses: name -> float64 array of any shape.
         """
         self.wait()
-        if step == self._latest:
+        if step == self._latest or self._abandoned:
             return
         leaves, _ = _by_name(state)
         curves = {name: np.asarray(curve, np.float64) for name, curve in losses.items()}
@@ -192,6 +193,10 @@ class Checkpoints:
         self.wait()
         self._clean()
 
+    def abandon(self) -> None:
+        """Change nothing in the folder any more: it has become another process's."""
+        self._abandoned = True
+
     def finish(self) -> None:
         """Wait for the last save and keep that alone. For runs that have ended and whose weights are wanted."""
         self.wait()
@@ -210,7 +215,7 @@ class Checkpoints:
 
     def _prune(self, keep: int) -> None:
         """Remove all but the newest few."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._abandoned:
             with contextlib.suppress(OSError):  # what stays takes space, no more
                 for old in _steps(self._folder)[:-keep]:  # renamed first: half of one is no checkpoint
                     self._path(old).rename(self._folder / f"deleted-step_{old}")
@@ -218,6 +223,8 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Remove what an interrupted or failed save has left, if that can be done."""
+        if self._abandoned:
+            return
         with contextlib.suppress(OSError):
             for path in self._folder.iterdir() if jax.process_index() == 0 else ():
                 if _LEFTOVER.fullmatch(path.name):

@@ -101,7 +101,10 @@ def test_elsewhere_a_worker_lives_as_long_as_its_stamp_moves(tmp_path: Path, mon
             assert ours.take(run, we.name, 0) is None
         clock[0] += 2
         assert not theirs.superseded(claim)
-        assert ours.take(run, we.name, 0) == run / "claim-2"
+        assert ours.holder(run) is None
+        assert Claims(tmp_path).holder(run) is None  # whoever comes now need not watch for a minute
+        they._beat()
+        assert Claims(tmp_path).take(run, we.name, 0) == run / "claim-2"
         assert theirs.superseded(claim)
 
 
@@ -116,6 +119,22 @@ def test_a_clock_set_back_stops_no_stamp(tmp_path: Path, monkeypatch: pytest.Mon
             seen.append(file.stat().st_mtime_ns)
         assert seen == sorted(set(seen))
         assert json.loads(file.read_text())["step"] == 1
+
+
+def test_a_claim_that_could_not_be_let_go_of_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = folders(tmp_path, 1)
+    ours = Claims(tmp_path)
+    with Worker(tmp_path) as we, monkeypatch.context() as full:
+        claim = ours.take(run, we.name, 0)
+        assert claim
+
+        def no_space(*_: object) -> None:
+            raise OSError("No space left on device")
+
+        full.setattr(claims, "replace", no_space)
+        ours.end(claim, "released")
+        full.undo()
+        assert ours.take(run, we.name, 0) == claim
 
 
 @pytest.mark.parametrize("links", [True, False])

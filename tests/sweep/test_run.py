@@ -1,6 +1,7 @@
 """Sweeps as their user runs them: killed and resumed, extended, repeated."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from PIL import Image
 from cdl.config import flatten, load
 from cdl.errors import UserError
 from cdl.planning import plan
+from cdl.sweep.claims import Worker
 from cdl.sweep.grid import Point
 from cdl.sweep.programs import points_of
 from cdl.sweep.run import run_points
@@ -148,6 +150,35 @@ def test_a_result_that_cannot_be_written_stops_the_sweep_with_all_others_saved(
     run_points(points, store, [Nobody()])
     equal(store.root, tiny_sweep)
     assert not list((store.root / "checkpoints").iterdir())
+
+
+def test_a_run_that_was_taken_over_is_left_alone_and_the_others_go_on(
+    tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where this process was suspended for minutes, and another host thought it dead."""
+    config, grid = load(TINY)
+    assert grid is not None
+    points = points_of(config, grid)
+    store, other = Store(tmp_path / "s"), Store(tmp_path / "s")
+    store.open_for(points)
+    taken: list[Point] = []
+
+    class Taking(Nobody):
+        def block(self, lanes: Any) -> None:
+            if not taken:
+                taken.append(next(p for p in points if p.id == lanes[0].run.id))
+                claim = store.checkpoints(taken[0]) / "claim-2"
+                claim.write_text(json.dumps({"worker": they.name, "step": 0}))
+
+    with Worker(store.root) as they:
+        run_points(points, store, [Taking()], lanes=2, wait=False)
+        assert "another one has taken over its run" in capsys.readouterr().err
+        assert store.ids() == {p.id for p in points} - {taken[0].id}
+        left = {f.name for f in store.checkpoints(taken[0]).iterdir()}
+        assert left == {"run.json", "claim-1", "claim-2"}  # nothing was saved or removed
+        assert other.claims.holder(store.checkpoints(taken[0])) == they.name
+    run_points(points, store, [Nobody()])
+    equal(store.root, tiny_sweep)
 
 
 def test_after_an_error_the_same_process_can_try_again(tmp_path: Path) -> None:
