@@ -62,6 +62,7 @@ def train(arguments: argparse.Namespace) -> None:
     points = in_every_process(lambda: points_of(config, [changes]))
     id = points[0].id
     out = Path(arguments.out) if arguments.out else Path("runs") / f"train-{id}"
+    in_first_process(functools.partial(Store(out).retry, points))
     store = train_points(arguments, out, points, 1, keep=True)
     if jax.process_index() > 0:
         return
@@ -237,7 +238,7 @@ def interrupted(store: Store, points: Sequence[Point], caught: Sequence[int], sa
     """What a person is told who has interrupted a command. saved: it ended in good order."""
     kept = len({p.id for p in points} & store.ids())
     begun = " and those under way are saved" if saved and any(store.saved(p) for p in points) else ""
-    error = KeyboardInterrupt if signal.SIGINT in caught else Terminated
+    error = Terminated if caught and signal.SIGINT not in caught else KeyboardInterrupt
     return error(f"{kept} of {len(points)} runs are kept{begun}; the same command goes on from there")
 
 

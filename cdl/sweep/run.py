@@ -86,7 +86,8 @@ def run_points(
       listeners: told of progress, one after the other.
       lanes: runs side by side; see `layout`.
       keep: keep the last checkpoint of finished runs.
-      give_up: a run that raises is tried again, in the end recorded as failed, and the others go on.
+      give_up: a run that raises, or whose process ends, is tried again, in the end recorded as failed, and the others
+        go on. Else what it raises is raised.
       wait: for runs that other processes train, which may die over them.
       about: of this process, for `cdl status`.
       stop: asked often; once it is true, runs are saved and `cdl.train.loop.Stopped` is raised.
@@ -191,7 +192,7 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
 
     def claimed(point: Point) -> bool:
         about = environment() | {"keep": sweep.keep}
-        claim = Claim(in_first_process(functools.partial(store.begin, point, sweep.worker, about)))
+        claim = Claim(in_first_process(functools.partial(store.begin, point, sweep.worker, about, sweep.give_up)))
         if claim is Claim.TAKEN:
             taken.append(point)
         for listener in sweep.listeners:

@@ -164,10 +164,11 @@ class Store:
         """How often the point was begun in vain since it last got further."""
         return self.claims.attempts(self.checkpoints(point), self.saved(point) or 0)
 
-    def begin(self, point: "Point", worker: Worker, about: Mapping[str, Any]) -> Claim:
+    def begin(self, point: "Point", worker: Worker, about: Mapping[str, Any], give_up: bool = True) -> Claim:
         """Make a point this process's, until `release` or its end. A point begun in vain too often is given up.
 
         Args:
+          give_up: else it is tried all the same.
           about: what run.json says besides what runs: on which devices, by which versions; keep: are weights kept?
 
         Raises:
@@ -176,7 +177,7 @@ class Store:
         folder = self.checkpoints(point)
         if self._finished(point):
             return Claim.FINISHED
-        if (folder / _FAILED).is_file():
+        if give_up and (folder / _FAILED).is_file():
             return Claim.FAILED
         claim = self._take(folder, worker, self.saved(point) or 0)
         if claim is None:
@@ -186,7 +187,7 @@ class Store:
             self.release(point)
             return Claim.FINISHED
         tries = self.attempts(point)
-        if tries.crashes >= MOST_CRASHES or tries.deaths >= MOST_DEATHS:
+        if give_up and (tries.crashes >= MOST_CRASHES or tries.deaths >= MOST_DEATHS):
             died = f"its process was killed, or lost, {tries.deaths} times before the run got further"
             self._give_up(point, tries.said or died)
             self.claims.end(claim, "released")
