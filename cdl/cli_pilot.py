@@ -18,7 +18,6 @@ from cdl.pilot import Goal, next_step
 from cdl.report import write_report
 from cdl.sweep.claims import replace
 from cdl.sweep.grid import Point, points_in
-from cdl.sweep.layout import layout
 from cdl.sweep.probe import choose_layout, probe
 from cdl.sweep.programs import points_of, step_cost
 from cdl.sweep.store import Store
@@ -99,8 +98,7 @@ def _updates(arguments: argparse.Namespace, point: Point) -> float:
         return number / 100 * arguments.T
     if unit and (arguments.workers or arguments.backend != "local"):
         raise UserError(f"--budget={budget}: how much workers do in that time is not known; give a share (5%) or FLOPs")
-    many = [point] * _MANY
-    where = layout(point.config, _MANY, arguments.lanes) if arguments.lanes else choose_layout(many, say)
+    where = choose_layout([point] * _MANY, say, arguments.lanes)
     if not unit:
         return number / step_cost(point.config, where).flops
     measured = probe(point, where)

@@ -25,7 +25,7 @@ from cdl.planning import CHECKS, plan
 from cdl.report import write_report
 from cdl.status import Watch, WorkersProgress
 from cdl.sweep.grid import Point, points_in
-from cdl.sweep.layout import layout, shape_on
+from cdl.sweep.layout import shape_on
 from cdl.sweep.probe import choose_layout, probe
 from cdl.sweep.programs import check_files, parts_of, points_of, step_cost
 from cdl.sweep.store import Store, grid_name
@@ -107,7 +107,7 @@ def _dry_run(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator
     yield f"{len(table)} runs{there}; {len(groups)} compiled program{'s' * (len(groups) != 1)}"
     flops, seconds = 0, 0.0
     for group in groups.values():
-        where = layout(group[0].config, len(group), arguments.lanes) if arguments.lanes else choose_layout(group, say)
+        where = choose_layout(group, say, arguments.lanes)
         cost, measured = step_cost(group[0].config, where), probe(group[0], where)
         updates = sum(p.config.T for p in group)
         flops += updates * cost.flops

@@ -65,10 +65,13 @@ def probe(point: Point, where: Layout) -> Probe:
     return Probe(where.at_once, min(one, many), evaluation, compilation)
 
 
-def choose_layout(points: Sequence[Point], say: Callable[[str], None]) -> Layout:
-    """Where points of one program go: on a CPU a run a core; elsewhere as many lanes as fit and make it faster."""
+def choose_layout(points: Sequence[Point], say: Callable[[str], None], lanes: int | None = None) -> Layout:
+    """Where points of one program go: in so many lanes, or if None on a CPU a run a core, elsewhere as many as fit and
+    make it faster. Raises as `layout`."""
     c = points[0].config
-    where = layout(c, len(points))
+    where = layout(c, len(points), lanes)
+    if lanes is not None:
+        return where
     device = where.mesh.devices.flat[0]
     rows = where.mesh.shape["run"]
     if device.platform == "cpu" or jax.process_count() > 1 or len(points) <= rows:

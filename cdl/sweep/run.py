@@ -23,7 +23,7 @@ from cdl.errors import UserError, say
 from cdl.sweep import initial
 from cdl.sweep.claims import Worker
 from cdl.sweep.grid import Point
-from cdl.sweep.layout import Layout, layout
+from cdl.sweep.layout import Layout
 from cdl.sweep.probe import choose_layout
 from cdl.sweep.programs import compiled, eta_of, eval_steps, step_cost
 from cdl.sweep.store import MOST_CRASHES, MOST_DEATHS, Claim, Store
@@ -108,10 +108,7 @@ def run_points(
     groups: dict[str, list[Point]] = {}
     for point in todo:
         groups.setdefault(point.program, []).append(point)
-    layouts = {
-        key: layout(group[0].config, len(group), lanes) if lanes else choose_layout(group, say)
-        for key, group in groups.items()
-    }
+    layouts = {key: choose_layout(group, say, lanes) for key, group in groups.items()}
     costs = {key: step_cost(group[0].config, layouts[key]) for key, group in groups.items()}
     by_point = {p.id: costs[key] for key, group in groups.items() for p in group}
     with contextlib.ExitStack() as stack:
@@ -287,6 +284,7 @@ def _train_group(
     replaced = _Replaced()
     unwritten: list[UserError] = []
     lost: set[str] = set()  # runs that others have taken over
+    looked = 0.0
 
     def open(run: Run) -> Checkpoints | None:
         point = by_id[run.id]
@@ -301,6 +299,10 @@ def _train_group(
     def on_block(lanes: list[LaneStatus]) -> None:
         for listener in listeners:
             listener.block(lanes)
+        nonlocal looked
+        if time.monotonic() - looked < _TELL_SECONDS:  # it lists a folder for each lane
+            return
+        looked = time.monotonic()
         for id in store.lost():
             if id in opened and id not in lost:
                 say(f"this process was silent for so long that another one has taken over its run {id}")

@@ -8,7 +8,7 @@
     runs/demo/checkpoints/<id>/     of a run under way, and of a finished one whose weights are kept: run.json (config,
                                     devices, versions), claims of processes that train it, its checkpoints; failed.json
                                     where it was given up
-    runs/demo/workers/<name>.json   a process that trains (see `cdl.sweep.claims`)
+    runs/demo/workers/<name>.json   a process that trains; .dead beside it: it does no more (see `cdl.sweep.claims`)
 
 No file is shared but by readers. The folder of a point is written under a temporary name and renamed, so a reader sees
 all of it or nothing; what a crash leaves lies in checkpoints/<id>, which the next process to train the run clears.
@@ -60,7 +60,7 @@ class Claim(IntEnum):
 
 
 class Store:
-    """The folder of a sweep. Reading never writes."""
+    """The folder of a sweep. Reading never writes, but for the note that a worker is dead."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
