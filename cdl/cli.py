@@ -23,12 +23,13 @@ LAWS = ("convex", "paper", "multipower", "annealing", "functional")  # cdl.laws.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     parser = _parser()
-    # Changes may stand between options too, which argparse alone does not allow after it has seen some.
+    # Changes and ids may stand between options too, which argparse alone does not allow after it has seen some.
     arguments, rest = parser.parse_known_args(_with_values(sys.argv[1:] if argv is None else argv))
-    if rest and (not hasattr(arguments, "changes") or any(word.startswith("-") for word in rest)):
+    many = getattr(arguments, "changes", getattr(arguments, "ids", None))
+    if rest and (many is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.changes += rest
+    if many is not None:
+        many += rest
     code = _run(arguments)
     if code:
         for leave in at_failure:

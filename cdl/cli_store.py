@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cdl.errors import UserError
+from cdl.errors import UserError, say
 from cdl.status import Watch, show_status
 from cdl.sweep.store import Store
 
@@ -104,6 +105,8 @@ def table(arguments: argparse.Namespace) -> None:
 def rm(arguments: argparse.Namespace) -> None:
     """`cdl rm`: remove points, after a question."""
     store = Store(arguments.folder)
+    if not store.grid_names() and not store.ids():
+        raise UserError(f"{store.root} holds no sweep; name the folder of one")
     if bool(arguments.ids) == bool(arguments.status):
         raise UserError("name the runs to remove, or say which kind: --status=failed, diverged, done or all")
     if arguments.ids:
@@ -111,11 +114,13 @@ def rm(arguments: argparse.Namespace) -> None:
     else:
         statuses = {id: store.result(id)["status"] for id in store.ids()} | dict.fromkeys(store.failed(), "failed")
         ids = {id for id, status in statuses.items() if arguments.status in (status, "all")}
-    if not ids:
-        print(f"{store.root}: no such runs, nothing to remove")
+    there = {*store.ids(), *(f.name for f in store.begun())}
+    if not ids & there:
+        print(f"{store.root}: {'nothing of these runs is there' if ids else 'no such runs'}, nothing to remove")
         return
-    if held := [id for id in ids if store.claims.holder(store.root / "checkpoints" / id)]:
-        raise UserError(f"{held[0]} is being trained; stop that first")
+    ids &= there
+    for id in ids:
+        _wait_until_free(store, id)
     if not arguments.yes:
         if not sys.stdin.isatty():
             raise UserError(f"this would remove {len(ids)} runs and asks a person first; give --yes")
@@ -128,6 +133,22 @@ def rm(arguments: argparse.Namespace) -> None:
             return
     store.remove(ids)
     print(f"Removed {len(ids)} runs; the sweep's command trains them anew.")
+
+
+def _wait_until_free(store: Store, id: str) -> None:
+    """Until it is certain that nobody trains a run: of a worker on another host that takes a minute.
+
+    Raises:
+      UserError: somebody does.
+    """
+    folder, told = store.root / "checkpoints" / id, False
+    while worker := store.claims.holder(folder):
+        if store.claims.heard(worker):
+            raise UserError(f"{id} is being trained by {worker}; stop that first")
+        if not told:
+            say(f"{id} was last trained by {worker}; a minute will tell whether that is still at work")
+        told = True
+        time.sleep(1)
 
 
 def status(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import faulthandler
 import functools
+import hashlib
 import os
 import sys
 import threading
@@ -42,9 +43,8 @@ Trainer = Callable[[Path, Sequence[Point], int | None], object]  # of points, in
 
 def sweep(arguments: argparse.Namespace) -> None:
     """`cdl sweep`."""
-    if arguments.lanes is not None and arguments.lanes < 1:
-        raise UserError(f"--lanes={arguments.lanes} must be at least 1")
     if arguments.dry_run:
+        _check_workers(arguments)
         start_devices(arguments)
         print("\n".join(_dry_run(_grid(arguments), arguments)))
         return
@@ -57,35 +57,48 @@ def sweep(arguments: argparse.Namespace) -> None:
     train(store.root, points, arguments.lanes)
     if jax.process_index() > 0:
         return
+    failed = _tell_failed(store, points)
+    if store.ids():  # not where all have failed
+        failed = _conclude(arguments, store, points, train) or failed
+    if failed:
+        raise UserError(failed)
+
+
+def _tell_failed(store: Store, points: Sequence[Point]) -> str:
+    """Print which runs were given up; returns what to do about it."""
     failures = store.failed()
     failed = [p for p in points if p.id in failures]
     for point in failed:
         said = failures[point.id]["error"]
         print(f"Failed: eta_ref={point.config.eta_ref:g}, T={point.config.T} ({point.id}): {said}")
-    if store.ids():  # not where all have failed
-        _conclude(arguments, store, points, train)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(points)} runs failed; cdl show {store.root} {failed[0].id} says more, and the "
-            f"same command tries them again"
-        )
+    if not failed:
+        return ""
+    return (
+        f"{len(failed)} of {len(points)} runs failed; cdl show {store.root} {failed[0].id} says more, and the same "
+        f"command tries them again"
+    )
 
 
-def _conclude(arguments: argparse.Namespace, store: Store, points: Sequence[Point], train: Trainer) -> None:
-    """Fit the law, check it if asked to, and write the report."""
+def _conclude(arguments: argparse.Namespace, store: Store, points: Sequence[Point], train: Trainer) -> str:
+    """Fit the law, check it if asked to, and write the report; returns what is to be done where the check failed."""
+    failed = ""
     try:
         made = plan(store.root)
     except NoLaw as e:  # the runs are what was asked for; not every grid has a law in it
         if arguments.check:
             raise UserError(f"the runs are done, but there is nothing to check: {e}") from e
         print(f"The runs are done, but there is no law to fit: {e}.\nResults: {store.root}")
-        return
+        return failed
     if arguments.check:
         like = min(points, key=lambda p: p.config.seed).config  # one setting, or there were no law
         checks = points_of(like, [dict(eta_ref=made.eta_ref, T=made.T)])
         console().print(f"Check: training T={made.T} at eta_ref={made.eta_ref:g}, as predicted.", highlight=False)
-        train(store.root / CHECKS, checks, None)
+        there = Store(store.root / CHECKS)
+        there.retry(checks)
+        train(there.root, checks, None)
+        failed = _tell_failed(there, checks)
     show_report(*write_report(store.root))
+    return failed
 
 
 def _dry_run(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator[str]:
@@ -121,13 +134,19 @@ def _dry_run(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator
     yield f"In all {flops:.3g} FLOPs, about {duration(seconds)} on {device}, compilation included (measured just now)"
 
 
-def trainer(arguments: argparse.Namespace) -> Trainer:
-    """Who trains: this process, or workers that it starts."""
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers={arguments.workers} must be at least 1")
+def _check_workers(arguments: argparse.Namespace) -> None:
+    """Raises UserError where options of who trains are wrong."""
+    for option in ("lanes", "workers"):
+        if (number := getattr(arguments, option)) is not None and number < 1:
+            raise UserError(f"--{option}={number} must be at least 1")
     for option, backend in (("sbatch", "slurm"), ("resources", "ray")):
         if getattr(arguments, option) is not None and arguments.backend != backend:
             raise UserError(f"--{option} is for --backend={backend}, not for {arguments.backend}")
+
+
+def trainer(arguments: argparse.Namespace) -> Trainer:
+    """Who trains: this process, or workers that it starts."""
+    _check_workers(arguments)
     if arguments.backend == "local" and arguments.workers is None:
         start_devices(arguments)
         return lambda root, points, lanes: train_points(arguments, root, points, lanes, give_up=True)
@@ -163,7 +182,8 @@ def _backend(arguments: argparse.Namespace, root: Path, points: Sequence[Point],
     words += [f"--wandb={arguments.wandb}"] if arguments.wandb else []
     command, logs = [sys.executable, "-m", "cdl.cli", "worker", *words], root.absolute() / "logs"
     if arguments.backend == "slurm":
-        return Slurm(command, arguments.sbatch or "", logs, f"cdl-{root.name}")
+        this = hashlib.sha256(" ".join(words[:2]).encode()).hexdigest()[:8]  # folder and grid
+        return Slurm(command, arguments.sbatch or "", logs, f"cdl-{root.name}-{this}")
     if arguments.backend == "ray":
         return Ray(words, parse_resources(arguments.resources) if arguments.resources else None, logs)
     return Local(command, shares(arguments.workers or 1), logs)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdl.errors import UserError
+from cdl.sweep.claims import SILENT_SECONDS
 from cdl.sweep.store import Store
 from cdl.wording import LINE_SECONDS, duration, finished_line
 
@@ -19,7 +20,7 @@ _MODEL = ("model.", "data.batch_size", "data.seq_len", "data.image_size")  # wha
 
 
 class Running(NamedTuple):
-    """A run that a living worker has; step and loss are None before its first numbers."""
+    """A run that a living worker has; step and loss are None before its first numbers. doubt: is it really trained?"""
 
     id: str
     eta_ref: float
@@ -28,6 +29,7 @@ class Running(NamedTuple):
     step: int | None
     loss: float | None
     worker: str
+    doubt: str
 
 
 class Status(NamedTuple):
@@ -84,7 +86,8 @@ class Watch:
             if id in points and id not in ended and (worker := store.claims.holder(folder)):
                 point, run = points[id], told.get(id, {})
                 common = (id, point["eta_ref"], point["T"], point["seed"])
-                running.append(Running(*common, run.get("step"), run.get("loss"), worker))
+                doubt = self._doubt(worker, records.get(worker, {}))
+                running.append(Running(*common, run.get("step"), run.get("loss"), worker, doubt))
         per_s: dict[str, float] = {}
         for record in records.values():
             if record.get("per_s"):
@@ -102,6 +105,12 @@ class Watch:
                 points, finished | failed.keys(), told, sum(r.get("flops_per_s") or 0 for r in records.values())
             ),
         )
+
+    def _doubt(self, worker: str, record: dict[str, Any]) -> str:
+        claims = self._store.claims
+        if not claims.heard(worker) and (silence := claims.silence(worker)) > SILENT_SECONDS:
+            return f"not heard of for {duration(silence)}"
+        return f"no step for {duration(60 * record['idle_min'])}" if "idle_min" in record else ""
 
     def points_asked(self) -> dict[str, dict[str, Any]]:
         """Config and fingerprints of every point of interest, by id. Grids do not change; there may be more of them."""
@@ -161,7 +170,8 @@ def picture(status: Status, name: str, rows: int = 40) -> RenderableType:
             table.add_column(column, justify="left" if column in ("run", "worker") else "right", no_wrap=True)
         for r in s.running[:rows]:
             step = "starting" if r.step is None else f"{r.step} ({r.step / r.T:.0%})"
-            table.add_row(r.id, f"{r.eta_ref:g}", str(r.T), step, "" if r.loss is None else f"{r.loss:.4f}", r.worker)
+            loss, who = "" if r.loss is None else f"{r.loss:.4f}", f"{r.worker}  {r.doubt}".rstrip()
+            table.add_row(r.id, f"{r.eta_ref:g}", str(r.T), step, loss, who)
         shown.append(table)
         if len(s.running) > rows:
             shown.append(Text(f"... and {len(s.running) - rows} more"))
@@ -231,12 +241,12 @@ def show_status(folder: str, watch: bool) -> None:
     store = Store(folder)
     if not store.grids() and not store.ids():
         raise UserError(f"{folder} holds no sweep; start one with cdl sweep --out={folder}")
-    looks, console = Watch(store), Console(highlight=False, soft_wrap=True)
+    looks, console, name = Watch(store), Console(highlight=False, soft_wrap=True), store.root.resolve().name
     status = looks.look()
     if watch:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while status.running or status.waiting:
-                live.update(picture(status, store.root.name), refresh=True)
+                live.update(picture(status, name), refresh=True)
                 time.sleep(_LOOK_SECONDS)
                 status = looks.look()
-    console.print(picture(status, store.root.name))
+    console.print(picture(status, name))

@@ -26,7 +26,7 @@ class Slurm:
       command: ``cdl worker FOLDER``, as words.
       options: of sbatch, such as "--partition=gpu --gres=gpu:1 --time=4:00:00".
       logs: folder for what workers say; made.
-      name: of the jobs.
+      name: of the jobs, and of no others. Those that are in the queue, whose command was killed, become this one's.
 
     Raises:
       UserError: no Slurm here.
@@ -50,8 +50,10 @@ class Slurm:
             f"--signal=B:TERM@{_NOTICE_SECONDS}",
         ]
         self._logs = logs
-        self._jobs: set[str] = set()  # as in 123_4
         self._looked = -_LOOK_SECONDS
+        self._jobs = _queued(f"--name={name}") or set()  # as in 123_4
+        if self._jobs:
+            say(f"{len(self._jobs)} jobs of this sweep are in Slurm's queue already")
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, workers: int) -> None:
@@ -67,12 +69,10 @@ class Slurm:
         if not self._jobs or time.monotonic() - self._looked < _LOOK_SECONDS:
             return []
         self._looked = time.monotonic()
-        squeue = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
-        done = _ask(squeue)
-        if done.returncode:
-            say(f"{_one_line(done.stderr)}; jobs are taken to go on")
+        queued = _queued()
+        if queued is None:
             return []
-        gone = sorted(self._jobs - set(done.stdout.split()))
+        gone = sorted(self._jobs - queued)
         self._jobs -= set(gone)
         ends = []
         for job in gone:
@@ -88,6 +88,15 @@ class Slurm:
     def stop(self, kill: bool) -> None:
         how = ["--signal=KILL", "--full"] if kill else []
         _ask(["scancel", *how, *sorted(self._jobs)])
+
+
+def _queued(*which: str) -> set[str] | None:
+    """This user's jobs that wait or run; None where Slurm does not say."""
+    done = _ask(["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}", *which])
+    if done.returncode:
+        say(f"{_one_line(done.stderr)}; jobs are taken to go on")
+        return None
+    return set(done.stdout.split())
 
 
 def _exit_code(job: str) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from cdl.errors import UserError
+from cdl.errors import UserError, say
 from cdl.sweep.grid import Point
 from cdl.sweep.store import Store
 from cdl.train.loop import Stopped
@@ -18,6 +18,7 @@ _POLL_SECONDS = 0.5
 _LAST_SECONDS = 20.0  # for workers to end by themselves once all runs have
 _MOST_CRASHES = 3  # of workers, before any has begun a run
 _MOST_STARTS = 30  # of workers that are killed before they have, say
+_MOST_REFUSALS = 2  # of workers, before a run has ended: one may be a matter of its host alone
 BAD_INPUT = 2  # exit code of `cdl.cli` for what a person has to mend
 _BY_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -74,25 +75,35 @@ def supervise(
       UserError: what a worker says that a person has to mend; workers that end before they begin a run.
     """
     crashed, started = 0, 0  # since a run was last begun
-    before, last = _progress(store, points), None
+    refused, before, last, told = 0, _progress(store, points), None, set[str]()
     try:
         while left := _left(store, points):
+            if (now := _progress(store, left)) != before:
+                crashed, started = 0, 0
+                refused, before = refused if now[0] == before[0] else 0, now
             for end in backend.ended():
                 bury(store, end)
                 if end.code == BAD_INPUT:
-                    raise UserError(_last_line(end.log).removeprefix("cdl: error: "))
+                    refused += 1
+                    mend = _last_line(end.log).removeprefix("cdl: error: ")
+                    if refused >= _MOST_REFUSALS:
+                        raise UserError(mend)
+                    say(f"{describe(end)} ({mend}); another one is tried")
                 crashed += end.code != 0 and not _by_others(end)
                 last = end
-            if (now := _progress(store, left)) != before:
-                crashed, started, before = 0, 0, now
             if crashed >= _MOST_CRASHES or started >= _MOST_STARTS:
                 said = f"{describe(last)}: {_last_line(last.log)}" if last else "they say nothing"
                 raise UserError(f"workers end without having begun a run ({said}); see {store.root / 'logs'}")
-            free = sum(not store.claims.holder(store.checkpoints(p)) for p in left)
-            more = min(workers - len(backend.jobs()) - _others(store, backend), free)
+            holders = [store.claims.holder(store.checkpoints(p)) for p in left]
+            others = _others(set(filter(None, holders)), store, backend)
+            more = min(workers - len(backend.jobs()) - len(others), holders.count(None))
             if more > 0:
                 backend.start(more)
                 started += 1
+            if new := others - told:
+                told |= new
+                doubt = "" if all(map(store.claims.heard, new)) else ", or were until it died: a minute will tell"
+                say(f"runs are trained by {', '.join(sorted(new))}, which this command has not started{doubt}")
             show()
             if stop():
                 raise Stopped
@@ -100,6 +111,7 @@ def supervise(
         _wait(backend, store, _LAST_SECONDS)  # nothing is left for them, and they are about to see it
     finally:
         _end(backend, store)
+    store.tidy()
 
 
 def _left(store: Store, points: Sequence[Point]) -> list[Point]:
@@ -112,11 +124,9 @@ def _progress(store: Store, left: Sequence[Point]) -> tuple[int, int]:
     return len(left), sum(len(list(store.checkpoints(p).glob("claim-*"))) for p in left)
 
 
-def _others(store: Store, backend: Backend) -> int:
-    """Living workers that somebody else has started, such as this command before it was killed."""
-    jobs = backend.jobs()
-    records = {w: store.claims.record(w) for w in store.claims.workers()}
-    return sum(record.get("job") not in jobs and store.claims.alive(w) for w, record in records.items())
+def _others(holders: set[str], store: Store, backend: Backend) -> set[str]:
+    """Those that somebody else has started: another command, or this one before it was killed."""
+    return {w for w in holders if store.claims.record(w).get("job") not in backend.jobs()}
 
 
 def _end(backend: Backend, store: Store) -> None:
@@ -141,7 +151,7 @@ def _wait(backend: Backend, store: Store, seconds: float) -> None:
 
 def bury(store: Store, end: End) -> None:
     """Let everybody know that a worker is dead, and whether it went down by itself."""
-    by_itself = end.code != 0 and not _by_others(end)
+    by_itself = end.code not in (0, BAD_INPUT) and not _by_others(end)
     for worker in store.claims.workers():
         if store.claims.record(worker).get("job") == end.job:
             store.claims.bury(worker, crashed=f"{_tail(end.log)}\n{describe(end)}" if by_itself else "")

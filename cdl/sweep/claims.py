@@ -23,11 +23,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["TEMPORARY", "Attempts", "Claims", "Worker", "create", "replace"]
+__all__ = ["SILENT_SECONDS", "TEMPORARY", "Attempts", "Claims", "Worker", "create", "replace"]
 
 TEMPORARY = ".writing-"  # what names of half-written files and folders begin with
 BEAT_SECONDS = 3.0
 SILENT_SECONDS = 60.0  # a host that is short of memory can be silent for long
+_IDLE_SECONDS = 60.0  # after which a worker's file says that its runs stand still
 _CLAIM = re.compile(r"claim-(\d+)")
 _WORKERS = "workers"
 
@@ -53,22 +54,28 @@ class Worker:
     """
 
     def __init__(self, root: Path, about: Mapping[str, Any] | None = None):
-        name = re.sub(r"[^\w.-]", "_", socket.gethostname())
-        self.name = f"{name}-{os.getpid()}-{secrets.token_hex(3)}"
-        self._file = root / _WORKERS / f"{self.name}.json"
+        self._workers = root / _WORKERS
         self._about: dict[str, Any] = dict(about or {}) | {
             "host": _host(),
             "pid": os.getpid(),
             "born": _born(os.getpid()),
         }
+        self._told = time.monotonic()
+        self._ended = threading.Event()
+        self._lock = threading.Lock()  # of what follows, which changes with the name
+        self._be_born()
+
+    def _be_born(self) -> None:
+        host = re.sub(r"[^\w.-]", "_", socket.gethostname())
+        self.name = f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._file = self._workers / f"{self.name}.json"
         self._written: dict[str, Any] = {}
         self._stamp = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="beat", daemon=True)
 
     def __enter__(self) -> "Worker":
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._workers.mkdir(parents=True, exist_ok=True)
         self._beat()
+        self._thread = threading.Thread(target=self._live, name="beat", daemon=True)
         self._thread.start()
         return self
 
@@ -79,18 +86,35 @@ class Worker:
             self._file.unlink()
 
     def tell(self, **about: Any) -> None:
-        """Say something more in the file, at the next beat."""
+        """Say something more in the file, at the next beat. Who tells nothing for a minute is said to be idle."""
         self._about = self._about | about
+        self._told = time.monotonic()
+
+    def buried(self) -> bool:
+        """Do others think it dead? It was suspended for long, say, or cut off from the folder. Then its claims are
+        void, also those to come, until it is `reborn`."""
+        try:
+            there = os.listdir(self._workers)  # which network file systems answer without what they remember
+        except OSError:
+            return False
+        return f"{self.name}.dead" in there or self._file.name not in there
+
+    def reborn(self) -> None:
+        """Go on under another name."""
+        with self._lock:
+            self._be_born()
+            self._beat()
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the disk may have room again at the next
+            with self._lock, contextlib.suppress(OSError):  # the disk may have room again at the next
                 self._beat()
 
     def _beat(self) -> None:
         # A stamp of our own making: one of the clock's would repeat itself after the clock is set back.
         self._stamp = max(time.time_ns(), self._stamp + 2 * 10**9)
-        about = self._about
+        idle = time.monotonic() - self._told
+        about = self._about | ({"idle_min": int(idle / 60)} if idle > _IDLE_SECONDS else {})
         if about != self._written:
             try:
                 replace(self._file, json.dumps(about), self._stamp)
@@ -108,6 +132,7 @@ class Claims:
     def __init__(self, root: Path):
         self._workers = root / _WORKERS
         self._seen: dict[str, tuple[int, float]] = {}  # worker -> its stamp, and when it was first seen here
+        self._moved: set[str] = set()  # workers whose stamp was seen to change
 
     def take(self, folder: Path, worker: str, step: int) -> Path | None:
         """Make a run this worker's; the claim, or None where another holds it.
@@ -178,6 +203,21 @@ class Claims:
 
     def alive(self, worker: str) -> bool:
         """Does a worker live, as far as can be known here?"""
+        return self._look(worker) is not False
+
+    def heard(self, worker: str) -> bool:
+        """Is it certain that a worker lives? Of one on another host, a look or two cannot tell."""
+        return self._look(worker) is True
+
+    def silence(self, worker: str) -> float:
+        """Seconds since a worker moved its stamp, by its clock and this one's; to be read by people, not decided by."""
+        try:
+            return time.time() - (self._workers / f"{worker}.json").stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def _look(self, worker: str) -> bool | None:
+        """Does a worker live? None: nothing says that it does not."""
         file = self._workers / f"{worker}.json"
         try:
             with file.open() as f:  # network file systems look for a newer stamp when a file is opened
@@ -197,14 +237,16 @@ class Claims:
             if born is not None:
                 return born == said["born"]
         if self._moves(worker, stamp):
-            return True
+            return True if worker in self._moved else None
         self.bury(worker)  # others have not watched it for so long
         return False
 
     def _moves(self, what: str, stamp: int) -> bool:
         """Was there another stamp than this within the last minute, or is it not that long known here?"""
         now = time.monotonic()
-        if self._seen.get(what, (None,))[0] != stamp:
+        if self._seen.get(what, (stamp,))[0] != stamp:
+            self._moved.add(what)
+        if what not in self._seen or self._seen[what][0] != stamp:
             self._seen[what] = (stamp, now)
         return now - self._seen[what][1] < SILENT_SECONDS
 
@@ -242,7 +284,10 @@ def create(file: Path, text: str) -> bool:
     """
     temporary = file.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{file.name}")
     try:
-        temporary.write_text(text)
+        with temporary.open("w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())  # a name without its content is all that a lost host may leave otherwise
         try:
             os.link(temporary, file)
         except FileExistsError:

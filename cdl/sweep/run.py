@@ -99,8 +99,6 @@ def run_points(
     lacks = np.array([p.id not in ended for p in points])
     if jax.process_count() > 1:
         lacks = multihost_utils.broadcast_one_to_all(lacks)  # the first one's word: the others' files may lag behind
-    else:
-        store.tidy(points)
     todo = [p for p, lacking in zip(points, lacks, strict=True) if lacking]
     if not todo:
         return
@@ -120,17 +118,27 @@ def run_points(
             listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
         sweep, waits = _Sweep(store, worker, listeners, keep, give_up, stop), False
         while groups:
+            in_first_process(lambda: worker.reborn() if worker.buried() else None)
             taken = {key: _run_group(group, layouts[key], costs[key], sweep) for key, group in groups.items()}
             groups = {key: group for key, group in taken.items() if group}
-            if groups and not wait:
-                return
             if groups:
                 if not waits and jax.process_index() == 0:
-                    say(f"another process trains {sum(map(len, groups.values()))} of the runs; waiting for it")
+                    say(_left(groups, store) + ("; waiting for them" if wait else ", and left to them"))
+                if not wait:
+                    return
                 waits = True
                 time.sleep(_WAIT_SECONDS)
                 if not on_all_processes(not stop()):
                     raise Stopped
+
+
+def _left(groups: Mapping[str, Sequence[Point]], store: Store) -> str:
+    """Who trains runs that this process may not have."""
+    points = [p for group in groups.values() for p in group]
+    holders = {store.claims.holder(store.checkpoints(p)) for p in points} - {None}
+    doubt = "" if all(store.claims.heard(w) for w in holders if w) else ", or did until it died: a minute will tell"
+    runs = f"{len(points)} run{'s are' if len(points) > 1 else ' is'}"
+    return f"{runs} trained by other processes ({', '.join(sorted(filter(None, holders)))}{doubt})"
 
 
 class _Sweep(NamedTuple):
@@ -211,9 +219,10 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
         if not mine:
             continue
         todo = [p for p in now if p.id in mine] + waiting
+        trouble: Exception | None = None
         try:
             program = program or compiled(todo[0], where)
-            _train_group(program, todo, mine, claimed, where.at_once, cost, sweep)
+            trouble = _train_group(program, todo, mine, claimed, where.at_once, cost, sweep)
         except RunError as error:
             _note_failure(next(p for p in todo if p.id == error.id), error.error, sweep)
         except jax.errors.JaxRuntimeError as error:
@@ -231,6 +240,8 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
         finally:
             for point in todo:
                 store.release(point)
+        if trouble:
+            raise trouble
         if jax.process_count() == 1:  # a run has failed, or was taken over, and stopped the others
             ended = store.ids() | store.failed().keys() | {p.id for p in taken}
             rest += [p for p in todo if p.id not in ended]
@@ -245,21 +256,25 @@ def _blame(points: Sequence[Point], error: Exception, store: Store) -> None:
 
 def _next_batch(points: list[Point], store: Store) -> tuple[list[Point], list[Point]]:
     """What to train now, and what after that: first those that nothing is known against; runs on their last try alone,
-    so that none takes others down with it. Several processes, whose files may lag behind, keep to the order given."""
+    so that none takes others down with it. Of several processes, whose files may lag behind, the first one says."""
+    crashes_deaths_P = np.array([store.attempts(p)[:2] for p in points])
     if jax.process_count() > 1:
-        return points, []
-    tries = {p.id: store.attempts(p) for p in points}
-    last = [p for p in points if tries[p.id].crashes >= MOST_CRASHES - 1 or tries[p.id].deaths >= MOST_DEATHS - 1]
-    others = sorted((p for p in points if p not in last), key=lambda p: tries[p.id].crashes + tries[p.id].deaths)
+        crashes_deaths_P = np.asarray(multihost_utils.broadcast_one_to_all(crashes_deaths_P))
+    on_last_P = np.any(crashes_deaths_P >= np.array([MOST_CRASHES - 1, MOST_DEATHS - 1]), axis=1)
+    order_P = np.argsort(crashes_deaths_P.sum(axis=1), kind="stable")
+    others = [points[i] for i in order_P if not on_last_P[i]]
+    last = [points[i] for i in np.flatnonzero(on_last_P)]
     return (others, last) if others else (last[:1], last[1:])
 
 
 def _note_failure(point: Point, error: Exception, sweep: _Sweep) -> None:
     """A run has raised: try it again, or give it up."""
-    if not sweep.give_up or jax.process_count() > 1:  # other processes do not know of it
-        raise error
     user = isinstance(error, UserError)  # which will not go away by itself
     said = str(error) if user else "".join(traceback.format_exception(error))
+    if sweep.give_up and jax.process_count() > 1:  # the others do not know of it; it comes later when they start again
+        sweep.store.release(point, failed=said)
+    if not sweep.give_up or jax.process_count() > 1:
+        raise error
     if user or sweep.store.attempts(point).crashes + 1 >= MOST_CRASHES:
         sweep.store.fail(point, said)
         for listener in sweep.listeners:
@@ -276,13 +291,16 @@ def _train_group(
     at_once: int,
     cost: StepCost,
     sweep: _Sweep,
-) -> None:
-    """Train points of one program, but for those that are not `mine` and cannot be `claimed` when it is their turn."""
+) -> Exception | None:
+    """Train points of one program, but for those that are not `mine` and cannot be `claimed` when it is their turn.
+
+    Returns: what kept results, or words about them, from being written; then all runs are saved, and none is to blame.
+    """
     store, listeners, keep, c = sweep.store, sweep.listeners, sweep.keep, group[0].config
     by_id = {p.id: p for p in group}
     opened: dict[str, Checkpoints] = {}  # of the runs under way
     replaced = _Replaced()
-    unwritten: list[UserError] = []
+    trouble: list[Exception] = []  # of writing results or telling of them, after which all is saved
     lost: set[str] = set()  # runs that others have taken over
     looked = 0.0
 
@@ -296,14 +314,20 @@ def _train_group(
             raise RunError(run.id, error) from error
         return opened[run.id]
 
+    def tell(say_to: Callable[[Listener], None]) -> None:
+        try:
+            for listener in listeners:
+                say_to(listener)
+        except Exception as error:  # what it writes to is full or closed, say: runs are saved before it is raised
+            trouble.append(error)
+
     def on_block(lanes: list[LaneStatus]) -> None:
-        for listener in listeners:
-            listener.block(lanes)
+        tell(lambda listener: listener.block(lanes))
         nonlocal looked
         if time.monotonic() - looked < _TELL_SECONDS:  # it lists a folder for each lane
             return
         looked = time.monotonic()
-        for id in store.lost():
+        for id in store.lost(sweep.worker):
             if id in opened and id not in lost:
                 say(f"this process was silent for so long that another one has taken over its run {id}")
                 lost.add(id)
@@ -311,7 +335,7 @@ def _train_group(
 
     def finish(outcome: Outcome) -> None:
         point, checkpoints = by_id[outcome.run.id], opened[outcome.run.id]
-        if point.id in store.lost():
+        if point.id in store.lost(sweep.worker):
             lost.add(point.id)
             checkpoints.abandon()
             return
@@ -327,7 +351,7 @@ def _train_group(
             in_first_process(functools.partial(store.write, point, outcome.curve, result))
         except (OSError, UserError) as e:
             said = e.strerror or e if isinstance(e, OSError) else e
-            unwritten.append(
+            trouble.append(
                 UserError(
                     f"the result of eta_ref={point.config.eta_ref:g}, T={point.config.T} could not be written to "
                     f"{store.root} ({said}); mend that and run the same command again, which goes on from the last "
@@ -336,13 +360,9 @@ def _train_group(
             )
             return  # the others are saved, as when asked to stop
         del opened[point.id]
-        if kept:
-            checkpoints.finish()
-        else:
-            checkpoints.remove()
-        store.release(point)
-        for listener in listeners:
-            listener.finished(point, result)
+        checkpoints.finish()
+        store.release(point)  # and with it what is not to be kept
+        tell(lambda listener: listener.finished(point, result))
 
     outcomes = train(
         program,
@@ -350,27 +370,26 @@ def _train_group(
         on_block,
         at_once=at_once,
         saving=Saving(open, c.checkpoint.seconds, c.checkpoint.steps, keep),
-        stop=lambda: bool(unwritten or lost) or sweep.stop(),
+        stop=lambda: bool(trouble or lost) or sweep.stop(),
     )
     together = True
     try:
         for outcome in outcomes:
             finish(outcome)
     except Stopped:
-        if not unwritten and (sweep.stop() or not lost or jax.process_count() > 1):
+        if not trouble and (sweep.stop() or not lost or jax.process_count() > 1):
             raise
     except BaseException as e:
         # Of several processes this may be the only one that got here; and who interrupts twice will not wait.
         together = jax.process_count() == 1 and not isinstance(e, KeyboardInterrupt)
-        for error in unwritten:
+        for error in trouble:
             say(str(error))
         raise
     finally:
         if together:
             for checkpoints in opened.values():
                 checkpoints.close()
-    if unwritten:
-        raise unwritten[0]
+    return trouble[0] if trouble else None
 
 
 class _Replaced:

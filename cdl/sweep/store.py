@@ -16,10 +16,12 @@ Tables are made by reading the folders.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -32,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cdl.errors import UserError
+from cdl.errors import UserError, unknown
 from cdl.sweep.claims import TEMPORARY, Attempts, Claims, Worker, create, replace
 
 if TYPE_CHECKING:  # a reader of results needs no model
@@ -43,6 +45,7 @@ __all__ = ["Claim", "Store", "grid_name", "sweep_table"]
 _RECORD = "sweep.json"
 _FAILED = "failed.json"
 _ID = re.compile(r"[0-9a-f]{12}")
+_WRITTEN_SECONDS = 2.0
 _STALE_SECONDS = 3600  # writing takes milliseconds; one this old belongs to nobody
 MOST_CRASHES = 3  # then a run is given up
 MOST_DEATHS = 10  # killed processes say less about the run
@@ -82,7 +85,7 @@ class Store:
             self._check(points)  # another process may have been first
         grids.mkdir(exist_ok=True)
         create(grids / f"{grid_name(points)}.json", _grid_text(points))
-        self._remove_leftovers()
+        self.tidy()
 
     def _check(self, points: "Sequence[Point]") -> None:
         record = self.root / _RECORD
@@ -108,13 +111,23 @@ class Store:
                 return
             raise UserError(f"--out={str(self.root)!r} holds other files and no sweep; choose a new folder")
 
-    def _remove_leftovers(self) -> None:
+    def tidy(self) -> None:
+        """Clear what killed processes have left: checkpoints of finished points, files half written, their own."""
+        finished = self.ids()
+        for folder in self.begun():
+            if folder.name in finished and any(folder.glob("claim-*")) and not self.claims.holder(folder):
+                self._clear(folder)
         self.claims.forget_dead(self.begun())
-        for folder in (self.root, self.root / "grids", self.root / "workers"):
-            for left in folder.glob(f"{TEMPORARY}*"):
-                with contextlib.suppress(OSError):  # it was not left, but is finished now
-                    if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        folders = [self.root / name for name in (".", "grids", "workers", "checkpoints")]
+        left = [f for folder in folders for f in folder.glob(f"{TEMPORARY}*")]
+        if not left:
+            return
+        now = tempfile.mkdtemp(prefix=TEMPORARY, dir=self.root)  # by the clock that stamped the others
+        for file in left:
+            with contextlib.suppress(OSError):  # it was not left, but is finished now
+                if os.stat(now).st_mtime - file.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+        os.rmdir(now)
 
     def ids(self) -> set[str]:
         """Ids of the finished points, done or diverged."""
@@ -143,7 +156,10 @@ class Store:
     def grids(self, name: str | None = None) -> list[dict[str, Any]]:
         """The grids that were asked for, oldest first, or the one of that name (`grid_name`), as
         `cdl.sweep.grid.points_in` reads them."""
-        files = [self.root / "grids" / f"{name}.json" for name in ([name] if name else self.grid_names())]
+        names = self.grid_names()
+        if name and name not in names:
+            raise unknown(f"grid in {self.root}", name, names)
+        files = [self.root / "grids" / f"{n}.json" for n in ([name] if name else names)]
         ordered = sorted(files, key=lambda f: f.stat().st_mtime_ns if f.exists() else 0)
         return [_read_json(f, "this file") for f in ordered]
 
@@ -177,13 +193,17 @@ class Store:
         folder = self.checkpoints(point)
         if self._finished(point):
             return Claim.FINISHED
+        if worker.buried():
+            return Claim.TAKEN  # or will be: nobody respects what this process claims
         if give_up and (folder / _FAILED).is_file():
             return Claim.FAILED
         claim = self._take(folder, worker, self.saved(point) or 0)
         if claim is None:
             return Claim.TAKEN
         self._mine[point.id] = claim
-        if self._finished(point):  # by another process, in these milliseconds
+        # By another process, in these milliseconds; or before: network file systems remember for a minute that a file
+        # is not there, but ask again for what a folder holds.
+        if point.id in self.ids():
             self.release(point)
             return Claim.FINISHED
         tries = self.attempts(point)
@@ -201,26 +221,39 @@ class Store:
     def _take(self, folder: Path, worker: Worker, step: int) -> Path | None:
         while True:
             folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # whoever has just finished it has removed the folder
+            try:
                 return self.claims.take(folder, worker.name, step)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):  # whoever has just finished it has removed it
+                    raise
 
     def release(self, point: "Point", failed: str | None = None) -> None:
         """Let others have a point that was begun. failed: what went wrong, where something did."""
         if claim := self._mine.pop(point.id, None):
             if self._finished(point):
-                _clear(claim.parent)
+                self._clear(claim.parent)
             else:
                 self.claims.end(claim, "released" if failed is None else "failed", failed or "")
 
-    def tidy(self, points: "Iterable[Point]") -> None:
-        """Clear what is left of finished points, whose process was killed right after it had published them."""
-        for point in points:
-            folder = self.checkpoints(point)
-            if self._finished(point) and any(folder.glob("claim-*")) and not self.claims.holder(folder):
-                _clear(folder)
+    def _clear(self, folder: Path) -> None:
+        """Leave of a finished point's checkpoints what is to be kept."""
+        run, keep = folder / "run.json", True
+        with contextlib.suppress(UserError):
+            if run.exists():
+                keep = _read_json(run, "").get("keep") and self.result(folder.name)["status"] == "done"
+        if not keep:
+            with contextlib.suppress(OSError):
+                _remove(folder)
+            return
+        for file in [*folder.glob("claim-*"), *folder.glob(f"{TEMPORARY}*"), run]:
+            shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # unless there are weights in it
 
-    def lost(self) -> list[str]:
-        """Ids of points that were this process's until another one thought it dead."""
+    def lost(self, worker: Worker) -> list[str]:
+        """Ids of points that are this worker's no more, since another process thinks it dead."""
+        if self._mine and worker.buried():
+            return list(self._mine)
         return [id for id, claim in self._mine.items() if self.claims.superseded(claim)]
 
     def fail(self, point: "Point", trouble: str) -> None:
@@ -266,6 +299,7 @@ class Store:
                 with file.open("rb") as f:
                     os.fsync(f.fileno())
             temporary.rename(self.root / point.id)
+            _sync(self.root)  # before its checkpoints go
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             if not self._finished(point):  # nobody else was first
@@ -274,12 +308,26 @@ class Store:
             folder.rmdir()  # nothing was saved
 
     def remove(self, ids: Iterable[str]) -> None:
-        """Remove points for good: their results, and what is saved of them."""
-        for folder in [f for id in ids for f in (self.root / id, self.root / "checkpoints" / id)]:
-            if folder.is_dir():
-                doomed = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.root)) / folder.name
-                folder.rename(doomed)  # first: half of a result is none
-                shutil.rmtree(doomed.parent)
+        """Remove points for good: their results, and what is saved of them.
+
+        Raises:
+          UserError: one of them is being trained; those before it are removed.
+        """
+        worker = Worker(self.root)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a full disk must not keep anybody from removing what fills it
+                stack.enter_context(worker)
+            for id in ids:
+                saved = self.root / "checkpoints" / id
+                try:
+                    free = self._take(saved, worker, 0) is not None
+                except OSError:
+                    free = not self.claims.holder(saved)
+                if not free:
+                    raise UserError(f"{id} is being trained by {self.claims.holder(saved)}; stop that first")
+                for folder in (self.root / id, saved):  # in this order: the claim is in the second
+                    if folder.is_dir():
+                        _remove(folder)
 
     def _finished(self, point: "Point") -> bool:
         return (self.root / point.id).is_dir()
@@ -346,16 +394,20 @@ def _common(points: "Sequence[Point]") -> dict[str, Any]:
     }
 
 
-def _clear(folder: Path) -> None:
-    """Leave of a finished point's checkpoints what is to be kept."""
-    run = folder / "run.json"
-    with contextlib.suppress(OSError, UserError):
-        if run.exists() and not _read_json(run, "").get("keep"):
-            shutil.rmtree(folder, ignore_errors=True)
-    for file in [*folder.glob("claim-*"), *folder.glob(f"{TEMPORARY}*"), run]:
-        shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()  # unless there are weights in it
+def _remove(folder: Path) -> None:
+    """Remove a folder: under another name, since half of it would look like something."""
+    doomed = folder.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have it on disk what was renamed into a folder."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _described(point: "Point") -> dict[str, Any]:
@@ -373,7 +425,10 @@ def _grid_text(points: "Sequence[Point]") -> str:
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a file; `remedy` is what to remove where it is damaged."""
     try:
-        value = json.loads(path.read_text())
+        began = time.monotonic()
+        while not (text := path.read_text()) and time.monotonic() - began < _WRITTEN_SECONDS:
+            time.sleep(0.05)  # where there are no hard links, a file is there before its content; see `create`
+        value = json.loads(text)
     except (OSError, ValueError) as e:
         raise UserError(f"{path} is damaged ({e}); remove {remedy} and run the sweep again") from e
     if not isinstance(value, dict):

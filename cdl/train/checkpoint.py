@@ -202,14 +202,6 @@ class Checkpoints:
         self.wait()
         self._prune(1)
 
-    def remove(self) -> None:
-        """Remove the whole folder. For runs that have ended, when their result is kept elsewhere."""
-        self.wait()
-        if jax.process_index() == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            if self._folder.exists():
-                self._say(f"could not remove {self._folder}; it is of no use any more")
-
     def _path(self, step: int) -> Path:
         return self._folder / f"step_{step}"
 
