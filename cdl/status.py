@@ -167,14 +167,16 @@ def picture(status: Status, name: str, rows: int = 40) -> RenderableType:
     if s.running:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for column in ("run", "eta_ref", "T", "step", "loss", "worker"):
-            table.add_column(column, justify="left" if column in ("run", "worker") else "right", no_wrap=True)
+            left = column in ("run", "worker")
+            table.add_column(column, justify="left" if left else "right", no_wrap=column != "worker", overflow="fold")
         for r in s.running[:rows]:
             step = "starting" if r.step is None else f"{r.step} ({r.step / r.T:.0%})"
-            loss, who = "" if r.loss is None else f"{r.loss:.4f}", f"{r.worker}  {r.doubt}".rstrip()
-            table.add_row(r.id, f"{r.eta_ref:g}", str(r.T), step, loss, who)
+            table.add_row(r.id, f"{r.eta_ref:g}", str(r.T), step, "" if r.loss is None else f"{r.loss:.4f}", r.worker)
         shown.append(table)
         if len(s.running) > rows:
             shown.append(Text(f"... and {len(s.running) - rows} more"))
+    for worker, doubt in dict.fromkeys((r.worker, r.doubt) for r in s.running if r.doubt):
+        shown.append(Text(f"{worker}  {doubt}", style="yellow"))
     for point in s.diverged:
         shown.append(Text(f"diverged  {_said(point)}  after {point['diverged_at']} updates"))
     for point, error in s.failed:

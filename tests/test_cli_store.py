@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from cdl.cli import main
 from cdl.status import Watch
+from cdl.sweep import claims
 from cdl.sweep.claims import Worker
 from cdl.sweep.grid import points_in
 from cdl.sweep.store import Store, sweep_table
@@ -106,6 +108,41 @@ def test_status_follows_a_run_of_another_process(sweep: Path, cdl: Any) -> None:
     assert "0 running, 1 waiting" in cdl("status", sweep)
 
 
+def test_a_worker_that_stands_still_or_is_silent_is_said_to(
+    sweep: Path, cdl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, point = Store(sweep), unfinished(sweep, T=130)
+    with Worker(sweep) as worker:
+        store.begin(point, worker, {})
+        now = claims.time.monotonic()
+        with monkeypatch.context() as later:
+            later.setattr(claims.time, "monotonic", lambda: now + 190)
+            worker._beat()
+        assert f"{worker.name}  no step for 3 min 00 s" in cdl("status", sweep)
+        assert "not heard" not in cdl("status", sweep)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(claims, "_host", lambda: "another host")
+            stamp = claims.time.time() - 600
+            os.utime(sweep / "workers" / f"{worker.name}.json", (stamp, stamp))
+            assert "not heard of for 10 min" in cdl("status", sweep)
+
+
+def test_rm_watches_for_a_minute_whether_a_worker_elsewhere_is_dead(
+    sweep: Path, cdl: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, point = Store(sweep), unfinished(sweep, T=130)
+    with Worker(sweep) as worker:
+        store.begin(point, worker, {})
+        (store.checkpoints(point) / "step_40").mkdir()
+        monkeypatch.setattr(claims, "_host", lambda: "another host")
+        assert "is being trained by" in cdl("rm", sweep, point.id, "--yes", code=2)  # its stamp moves
+    monkeypatch.setattr(claims, "SILENT_SECONDS", 1.5)
+    file = sweep / "workers" / f"{worker.name}.json"
+    file.write_text(json.dumps({"host": "one that is no more"}))
+    cdl("rm", sweep, point.id, "--yes")
+    assert not store.begun()
+
+
 def test_table_as_csv_and_parquet_has_all_of_it(sweep: Path, tmp_path: Path, cdl: Any) -> None:
     cdl("table", sweep, f"--csv={tmp_path / 't.csv'}", f"--parquet={tmp_path / 't.parquet'}")
     expected = sweep_table(sweep)
@@ -129,8 +166,10 @@ def test_rm_asks_and_removes_what_it_was_asked_for(sweep: Path, cdl: Any, monkey
         monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
         cdl("rm", sweep, first)
         assert len(Store(sweep).ids()) == left
-    cdl("rm", sweep, second, "--yes")
+    cdl("rm", sweep, "--yes", second)
     assert not Store(sweep).ids() & {first, second}
     assert "no such runs" in cdl("rm", sweep, "--status=diverged")
+    assert "nothing of these runs is there" in cdl("rm", sweep, first)
     assert "--status=failed" in cdl("rm", sweep, code=2)
+    assert "holds no sweep" in cdl("rm", sweep / "grids", "--status=all", code=2)
     assert not list(sweep.glob(".writing-*"))

@@ -1,5 +1,6 @@
 """Workers of this machine: what dies is replaced, nothing is lost, nothing is run twice, and no number changes."""
 
+import json
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ import pytest
 from cdl.errors import UserError
 from cdl.launch.local import Local, shares
 from cdl.launch.supervise import supervise
+from cdl.sweep import claims
 from cdl.sweep.claims import Attempts
 from cdl.sweep.grid import points_in
 from cdl.sweep.store import MOST_CRASHES, Store, grid_name, sweep_table
@@ -240,6 +242,62 @@ def test_workers_that_cannot_begin_are_not_started_for_ever(tiny_sweep: Path, tm
         UserError, match=r"without having begun a run \(local-.* ended with exit code 1: no such abacus"
     ):
         supervise(backend, store, points, 1, stop=lambda: False, show=lambda: None)
+
+
+ONCE_BAD = """
+import sys
+from pathlib import Path
+from cdl.cli import main
+bad = Path(sys.argv[1])
+if len(list(bad.iterdir())) < int(sys.argv[2]):
+    (bad / sys.argv[-2]).touch()
+    print("cdl: error: /scratch is not mounted here; mount it", file=sys.stderr)
+    sys.exit(2)
+sys.exit(main(["worker", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_one_host_that_refuses_ends_no_sweep(
+    refusals: int, tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, points = Store(tmp_path / "s"), points_in(Store(tiny_sweep).grids()[0])[:2]
+    store.open_for(points)
+    (tmp_path / "bad").mkdir()
+    command = [sys.executable, "-c", ONCE_BAD, str(tmp_path / "bad"), str(refusals), str(store.root)]
+    command.append(f"--grid={grid_name(points)}")
+
+    def train() -> None:
+        backend = Local(command, shares(1), store.root / "logs")
+        supervise(backend, store, points, 1, stop=lambda: False, show=lambda: None)
+
+    if refusals == 1:
+        train()
+        assert store.ids() == {p.id for p in points}
+        assert "ended with exit code 2 (/scratch is not mounted here; mount it)" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match="/scratch is not mounted here"):
+            train()
+
+
+def test_runs_of_a_host_that_is_no_more_are_taken_over(
+    tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claims, "SILENT_SECONDS", 3)  # of the coordinator's patience, not the workers'
+    out = tmp_path / "s"
+    store, points = Store(out), points_in(Store(tiny_sweep).grids()[0])
+    store.open_for(points)
+    name = "elsewhere-12-ab"
+    (out / "workers").mkdir()
+    (out / "workers" / f"{name}.json").write_text(json.dumps({"host": "elsewhere", "pid": 12, "born": "3"}))
+    for point in points[:3]:
+        store.checkpoints(point).mkdir(parents=True)
+        (store.checkpoints(point) / "claim-1").write_text(json.dumps({"worker": name, "step": 0}))
+    supervised(dict(FAULTY="raise", FAULTY_T="-1"), out, tiny_sweep)
+    assert f"trained by {name}, which this command has not started, or were until" in capsys.readouterr().err
+    equal(out, tiny_sweep)
+    assert not list((out / "checkpoints").iterdir())
+    assert not list((out / "workers").iterdir())
 
 
 @contextmanager

@@ -50,14 +50,25 @@ def test_killed_jobs_are_replaced_and_the_table_is_that_of_one_process(
 def test_a_killed_coordinator_is_followed_by_one_that_finds_its_jobs_at_work(
     slurm: dict[str, str], tiny_sweep: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "s"
-    command = sweep(out, "--backend=slurm", "--workers=1")
+    """Which still wait in the queue, so that nothing in the folder speaks of them."""
+    out = tmp_path / "ours"
+
+    def jobs(*which: str) -> list[str]:
+        asked = ["squeue", "--noheader", "--array", "--format=%i %j", *which]
+        said = subprocess.run(asked, env=slurm, capture_output=True, text=True, check=True).stdout
+        return [line.split()[0] for line in said.splitlines() if " cdl-ours-" in line]
+
+    command = sweep(out, "--backend=slurm", "--workers=2", "--sbatch=--cpus-per-task=1 --begin=now+20")
     with subprocess.Popen(command, env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not Store(out).ids():
-            time.sleep(0.02)
+        while process.poll() is None and len(jobs()) < 2:
+            time.sleep(0.1)
         process.kill()
+    first = jobs()
     done = subprocess.run(command, env=slurm, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "2 jobs of this sweep are in Slurm's queue already" in done.stderr
+    assert jobs("--states=all") == first  # no others were submitted
+    assert not jobs()
     equal(out, tiny_sweep)
 
 

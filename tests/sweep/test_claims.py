@@ -108,6 +108,38 @@ def test_elsewhere_a_worker_lives_as_long_as_its_stamp_moves(tmp_path: Path, mon
         assert theirs.superseded(claim)
 
 
+def test_of_a_worker_elsewhere_it_takes_two_stamps_to_know_that_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Worker(tmp_path) as they:
+        assert Claims(tmp_path).heard(they.name)
+        monkeypatch.setattr(claims, "_host", lambda: "another host")
+        ours = Claims(tmp_path)
+        assert ours.alive(they.name)
+        assert not ours.heard(they.name)
+        they._beat()
+        assert ours.heard(they.name)
+
+
+def test_a_worker_that_was_buried_knows_it_and_can_begin_anew(tmp_path: Path) -> None:
+    (run,) = folders(tmp_path, 1)
+    ours = Claims(tmp_path)
+    with Worker(tmp_path, dict(job="a job")) as we:
+        first = we.name
+        assert ours.take(run, we.name, 0)
+        assert not we.buried()
+        Claims(tmp_path).bury(first)
+        assert we.buried()
+        assert ours.holder(run) is None
+        we.reborn()
+        assert not we.buried()
+        assert we.name != first
+        assert ours.record(we.name)["job"] == "a job"
+        assert ours.take(run, we.name, 0) == run / "claim-2"
+        (tmp_path / "workers" / f"{we.name}.json").unlink()  # by one who has tidied up
+        assert we.buried()
+
+
 def test_a_clock_set_back_stops_no_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Worker(tmp_path) as worker:
         (file,) = tmp_path.glob("workers/*.json")

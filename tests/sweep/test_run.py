@@ -213,6 +213,54 @@ def test_replaced_images_are_said_and_counted(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err.count("cannot be decoded and are replaced by the next ones") == 1
 
 
+def test_a_process_that_others_think_dead_goes_on_under_another_name(
+    tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, grid = load(TINY)
+    assert grid is not None
+    points = points_of(config, grid)
+    store, other = Store(tmp_path / "s"), Store(tmp_path / "s")
+    store.open_for(points)
+    names: list[str] = []
+
+    class Burying(Nobody):
+        def block(self, lanes: Any) -> None:
+            names.extend(set(other.claims.workers()) - set(names))
+            if len(names) == 1:
+                other.claims.bury(names[0])
+                assert all(other.claims.holder(folder) is None for folder in other.begun())
+
+    run_points(points, store, [Burying()], lanes=2)
+    assert len(names) == 2
+    assert "another one has taken over its run" in capsys.readouterr().err
+    equal(store.root, tiny_sweep)
+    store.tidy()
+    assert not list((store.root / "checkpoints").iterdir())
+    assert not list((store.root / "workers").iterdir())
+
+
+def test_a_log_that_takes_no_more_stops_the_sweep_with_all_runs_saved(tiny_sweep: Path, tmp_path: Path) -> None:
+    config, grid = load(TINY)
+    assert grid is not None
+    points = points_of(config, grid)
+    store = Store(tmp_path / "s")
+    store.open_for(points)
+
+    class Full(Nobody):
+        def block(self, lanes: Any) -> None:
+            if any(lane.step > 10 for lane in lanes):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        run_points(points, store, [Full()], lanes=2, give_up=True)
+    begun = [p for p in points if store.checkpoints(p).exists()]
+    assert begun
+    assert all(store.saved(p) for p in begun)
+    assert not any(any(store.attempts(p)) for p in points)  # it is no run's fault
+    run_points(points, store, [Nobody()])
+    equal(store.root, tiny_sweep)
+
+
 def test_a_second_time_trains_nothing(tiny_sweep: Path) -> None:
     before = {f: f.stat().st_mtime_ns for f in tiny_sweep.glob("*/*")}
     done = subprocess.run(sweep(tiny_sweep), capture_output=True, text=True, check=False)
@@ -251,6 +299,22 @@ def test_check_trains_the_predicted_horizon_and_says_how_it_went(tiny_sweep: Pat
     verdict = "inside" if made.checks[0].inside else "OUTSIDE"
     assert f"loss {made.checks[0].loss:.4f}" in done.stdout
     assert f"{verdict} the 95% interval" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_check_that_fails_is_said(tiny_sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(tiny_sweep, out)
+    faulty, faults = Path(__file__).parents[1] / "launch" / "faulty.py", dict(FAULTY="raise", FAULTY_T="520")
+    for _ in range(2):  # the second time it is tried again
+        command = [sys.executable, str(faulty), *sweep(out, "--check")[3:]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | faults)
+        assert done.returncode == 2
+        assert "T=520 as predicted" not in done.stdout
+        assert "RuntimeError: a cosmic ray" in done.stdout
+        assert "Plan: at T=520" in done.stdout
+        assert "1 of 1 runs failed" in done.stderr.splitlines()[-1]
+        assert str(out / "check") in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

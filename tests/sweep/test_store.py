@@ -88,6 +88,48 @@ def test_weights_that_another_process_has_just_kept_stay(tmp_path: Path, monkeyp
     assert [f.name for f in ours.checkpoints(p).iterdir()] == ["step_400"]
 
 
+def test_a_result_that_a_network_file_system_does_not_show_yet_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may remember for a minute that a file was not there; not so of what a folder holds."""
+    ours, theirs, p = Store(tmp_path / "s"), Store(tmp_path / "s"), point()
+    theirs.open_for([p])
+    theirs.write(p, CURVE, RESULT)
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    with Worker(ours.root) as we:
+        assert ours.begin(p, we, {}) is Claim.FINISHED
+
+
+@pytest.mark.parametrize(("status", "left"), [("done", ["step_400"]), ("diverged", [])])
+def test_what_a_process_killed_after_it_had_published_has_left_is_cleared(
+    status: str, left: list[str], tmp_path: Path
+) -> None:
+    store, p = Store(tmp_path / "s"), point()
+    store.open_for([p])
+    with Worker(store.root) as worker:
+        assert store.begin(p, worker, dict(keep=True)) is Claim.MINE
+        (store.checkpoints(p) / "step_400").mkdir()
+        store.write(p, CURVE, RESULT | dict(status=status))
+        Store(store.root).tidy()
+        assert (store.checkpoints(p) / "claim-1").exists()  # it is still at it
+    store.tidy()
+    assert sorted(f.name for f in store.root.glob("checkpoints/*/*")) == left
+    assert not list((store.root / "workers").iterdir())
+
+
+def test_a_record_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
+    """Without hard links a file is there before its content."""
+    Store(tmp_path / "s").open_for([point()])
+    record = tmp_path / "s" / "sweep.json"
+    text = record.read_text()
+    record.write_text("")
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(Store(tmp_path / "s").open_for, [point()])
+        time.sleep(0.2)
+        record.write_text(text)
+        opened.result()
+
+
 def test_points_that_two_processes_add_at_once_are_all_recorded(tmp_path: Path) -> None:
     both = [Store(tmp_path / "s"), Store(tmp_path / "s")]
     with ThreadPoolExecutor(2) as pool:
