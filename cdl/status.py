@@ -74,7 +74,7 @@ class Watch:
         points = self.points = self.points_asked()
         finished = {id for id in store.ids() if self._only is None or id in self._only}
         for id in finished - self.results.keys():
-            self.results[id] = store.result(id)
+            self.results[id] = store.result(id, self._asked.get(id))
         points.update({id: self.results[id] for id in finished - points.keys()})
         failed = {id: record for id, record in store.failed().items() if id in points and id not in finished}
         alive = [w for w in store.claims.workers() if store.claims.alive(w)]

@@ -340,14 +340,19 @@ class Store:
         except (OSError, ValueError) as e:  # pyarrow's errors are both
             raise UserError(f"{path} is damaged; remove the folder {path.parent} and run the sweep again") from e
 
-    def result(self, id: str) -> dict[str, Any]:
-        """What is known of one finished point: results, then every config field and fingerprint."""
+    def result(self, id: str, point: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What is known of one finished point: results, then every config field and fingerprint.
+
+        Args:
+          point: the latter, where they are known: half of the files are not read then.
+        """
         folder = self.root / id
-        point, result = (_read_json(folder / f, f"the folder {folder}") for f in ("point.json", "result.json"))
-        if "config" not in point or "loss" not in result:
+        result = _read_json(folder / "result.json", f"the folder {folder}")
+        described: dict[str, Any] = {} if point else _read_json(folder / "point.json", f"the folder {folder}")
+        if "loss" not in result or not (point or "config" in described):
             raise UserError(f"{folder} is damaged: a field is missing; remove it and run the sweep again")
-        fingerprints = {field: point.get(field, "") for field in _FINGERPRINTS}
-        return {"id": id} | result | point["config"] | fingerprints
+        fingerprints = {field: described.get(field, "") for field in _FINGERPRINTS}
+        return {"id": id} | result | dict(point or described["config"] | fingerprints)
 
     def begun(self) -> list[Path]:
         """The folders of points under way, given up, or kept weights of."""
