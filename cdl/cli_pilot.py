@@ -25,7 +25,6 @@ from cdl.sweep.store import Store
 __all__ = ["pilot"]
 
 _RECORD = "pilot.json"
-_MANY = 64  # pilots, to find out how many go side by side
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -86,7 +85,8 @@ def _asked(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _updates(arguments: argparse.Namespace, point: Point) -> float:
-    """The updates that a budget buys: ``5%`` of the planned run's, ``1e17`` FLOPs, or so many as ``2h`` take here."""
+    """The updates that a budget buys: ``5%`` of the planned run's, ``1e17`` FLOPs, or what one run makes in ``2h`` here:
+    the longest pilots, which take most of it, are often alone."""
     budget = arguments.budget.strip()
     found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*(%|s|min|h|d|)", budget)
     if not found or not float(found[1]) > 0:
@@ -98,7 +98,7 @@ def _updates(arguments: argparse.Namespace, point: Point) -> float:
         return number / 100 * arguments.T
     if unit and (arguments.workers or arguments.backend != "local"):
         raise UserError(f"--budget={budget}: how much workers do in that time is not known; give a share (5%) or FLOPs")
-    where = choose_layout([point] * _MANY, say, arguments.lanes)
+    where = choose_layout([point], say, arguments.lanes)
     if not unit:
         return number / step_cost(point.config, where).flops
     measured = probe(point, where)
