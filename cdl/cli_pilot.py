@@ -85,8 +85,8 @@ def _asked(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _updates(arguments: argparse.Namespace, point: Point) -> float:
-    """The updates that a budget buys: ``5%`` of the planned run's, ``1e17`` FLOPs, or what one run makes in ``2h`` here:
-    the longest pilots, which take most of it, are often alone."""
+    """The updates that a budget buys: ``5%`` of the planned run's, ``1e17`` FLOPs, or what one run makes in ``2h``
+    here: the longest pilots, which take most of it, are often alone."""
     budget = arguments.budget.strip()
     found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*(%|s|min|h|d|)", budget)
     if not found or not float(found[1]) > 0:
