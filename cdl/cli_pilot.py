@@ -20,7 +20,7 @@ from cdl.sweep.claims import replace
 from cdl.sweep.grid import Point, points_in
 from cdl.sweep.probe import choose_layout, probe
 from cdl.sweep.programs import points_of, step_cost
-from cdl.sweep.store import Store
+from cdl.sweep.store import Store, read_json
 
 __all__ = ["pilot"]
 
@@ -42,8 +42,9 @@ def pilot(arguments: argparse.Namespace) -> None:
         runs = f"{len(step.points)} run{'s' * (len(step.points) > 1)}"
         tell(f"Pilots: {step.why} ({runs}, {updates / goal.budget:.1%} of the budget).")
         points = points_of(config, [dict(eta_ref=eta_ref, T=T) for eta_ref, T in step.points])
+        store.open_for(points)
+        _record(store, arguments, goal)  # before anything can be killed: a time is not measured the same twice
         train(store.root, points, arguments.lanes)
-        _record(store, arguments, goal)
     tell(f"Pilots: {step}.")
     show_report(*write_report(store.root, arguments.T))
 
@@ -63,7 +64,7 @@ def _table(store: Store) -> pd.DataFrame:
 def _goal(arguments: argparse.Namespace, config: ConfigDict, point: Point, store: Store) -> Goal:
     """What to reach. The budget is counted in updates from here on, those that the same command counted before."""
     file = store.root / _RECORD
-    there: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    there = read_json(file, "this file") if file.is_file() else {}
     same = there.get("asked") == _asked(arguments)
     updates = there["updates"] if same else _updates(arguments, point)
     return Goal(

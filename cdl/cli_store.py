@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ def ls(arguments: argparse.Namespace) -> None:
         raise UserError(f"{folder} holds no sweep; start one with cdl sweep --out={folder}")
     rows = []
     for sweep in sweeps:
-        s = Watch(store := Store(sweep)).look()
+        s = (watch := Watch(Store(sweep))).look()
         counts = dict(runs=s.total, done=s.done, diverged=len(s.diverged), failed=len(s.failed), running=len(s.running))
-        losses = store.table()["loss"]
-        rows.append({"sweep": sweep.name} | counts | {"lowest loss": losses.min() if len(losses) else None})
+        losses = [r["loss"] for r in watch.results.values() if r["loss"] is not None]
+        rows.append({"sweep": sweep.name} | counts | {"lowest loss": min(losses, default=None)})
     _print(pd.DataFrame(rows))
 
 
@@ -119,8 +119,7 @@ def rm(arguments: argparse.Namespace) -> None:
         print(f"{store.root}: {'nothing of these runs is there' if ids else 'no such runs'}, nothing to remove")
         return
     ids &= there
-    for id in ids:
-        _wait_until_free(store, id)
+    _wait_until_free(store, ids)
     if not arguments.yes:
         if not sys.stdin.isatty():
             raise UserError(f"this would remove {len(ids)} runs and asks a person first; give --yes")
@@ -135,18 +134,20 @@ def rm(arguments: argparse.Namespace) -> None:
     print(f"Removed {len(ids)} runs; the sweep's command trains them anew.")
 
 
-def _wait_until_free(store: Store, id: str) -> None:
-    """Until it is certain that nobody trains a run: of a worker on another host that takes a minute.
+def _wait_until_free(store: Store, ids: Iterable[str]) -> None:
+    """Until it is certain that nobody trains these runs: of workers on other hosts that takes a minute.
 
     Raises:
       UserError: somebody does.
     """
-    folder, told = store.root / "checkpoints" / id, False
-    while worker := store.claims.holder(folder):
-        if store.claims.heard(worker):
-            raise UserError(f"{id} is being trained by {worker}; stop that first")
+    told = False
+    while holders := {id: w for id in ids if (w := store.claims.holder(store.root / "checkpoints" / id))}:
+        for id, worker in holders.items():
+            if store.claims.heard(worker):
+                raise UserError(f"{id} is being trained by {worker}; stop that first")
         if not told:
-            say(f"{id} was last trained by {worker}; a minute will tell whether that is still at work")
+            workers = ", ".join(sorted(set(holders.values())))
+            say(f"runs were last trained by {workers}; a minute will tell whether they still are")
         told = True
         time.sleep(1)
 

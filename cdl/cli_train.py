@@ -66,18 +66,18 @@ def train(arguments: argparse.Namespace) -> None:
     store = train_points(arguments, out, points, 1, keep=True)
     if jax.process_index() > 0:
         return
-    row = store.table().set_index("id").loc[id]
-    if row.status == "done":
+    result = store.result(id)
+    if result["status"] == "done":
         unit = "images" if points[0].config.data.name == "images" else "tokens"
-        right = f", accuracy {row.accuracy:.1%}" if unit == "images" else ""
+        right = f", accuracy {result['accuracy']:.1%}" if unit == "images" else ""
         print(
-            f"done: held-out loss {row.loss:.4f}{right}, training loss {row.train_loss:.4f}, "
-            f"{row[f'{unit}_per_s']:,.0f} {unit}/s"
+            f"done: held-out loss {result['loss']:.4f}{right}, training loss {result['train_loss']:.4f}, "
+            f"{result[f'{unit}_per_s']:,.0f} {unit}/s"
         )
         if store.saved(points[0]):  # not where a sweep had trained it
             print(f"Weights: {store.checkpoints(points[0])}")
     else:
-        print(f"diverged: the loss after {row.diverged_at:.0f} updates was not finite; try a smaller eta_ref")
+        print(f"diverged: the loss after {result['diverged_at']} updates was not finite; try a smaller eta_ref")
     print(f"Results: {out / id}")
 
 

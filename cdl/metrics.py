@@ -194,15 +194,15 @@ class Metrics:
             self._runs[id].block(lane)
 
     def finished(self, point: Point, result: Mapping[str, Any]) -> None:
-        del self._points[point.id]
+        self._points.pop(point.id, None)
         if point.id in self._runs:
             self._runs.pop(point.id).close(done=True)
 
     def finished_elsewhere(self, point: Point) -> None:
-        del self._points[point.id]
+        self._points.pop(point.id, None)
 
     def failed(self, point: Point, error: str) -> None:
-        del self._points[point.id]
+        self._points.pop(point.id, None)
         if point.id in self._runs:
             self._runs.pop(point.id).close(done=False)
 

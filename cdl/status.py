@@ -74,17 +74,23 @@ class Watch:
         points = self.points = self.points_asked()
         finished = {id for id in store.ids() if self._only is None or id in self._only}
         for id in finished - self.results.keys():
-            self.results[id] = store.result(id, self._asked.get(id))
+            try:
+                self.results[id] = store.result(id, self._asked.get(id))
+            except UserError:
+                if id in store.ids():
+                    raise
+        finished &= self.results.keys()  # somebody may have removed one just now
         points.update({id: self.results[id] for id in finished - points.keys()})
         failed = {id: record for id, record in store.failed().items() if id in points and id not in finished}
         alive = [w for w in store.claims.workers() if store.claims.alive(w)]
         records = {w: store.claims.record(w) for w in alive}
-        told = {id: run for record in records.values() for id, run in record.get("runs", {}).items()}
+        told: dict[str, dict[str, Any]] = {}
         ended, running = finished | failed.keys(), []
         for folder in store.begun():
             id = folder.name
             if id in points and id not in ended and (worker := store.claims.holder(folder)):
-                point, run = points[id], told.get(id, {})
+                told[id] = records.get(worker, {}).get("runs", {}).get(id, {})
+                point, run = points[id], told[id]
                 common = (id, point["eta_ref"], point["T"], point["seed"])
                 doubt = self._doubt(worker, records.get(worker, {}))
                 running.append(Running(*common, run.get("step"), run.get("loss"), worker, doubt))

@@ -1,6 +1,7 @@
 """Workers that are processes of this machine, each with its share of the cores or GPUs."""
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -28,14 +29,14 @@ class Local:
     def __init__(self, command: Sequence[str], shares: Sequence[tuple[dict[str, str], list[str]]], logs: Path):
         self._command, self._shares, self._logs = list(command), list(shares), logs
         self._processes: dict[int, tuple[str, Path, subprocess.Popen[bytes]]] = {}  # share -> job, log, process
-        self._started = 0
+        self._started, self._name = 0, secrets.token_hex(3)
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, workers: int) -> None:
         free = [i for i in range(len(self._shares)) if i not in self._processes]
         for i in free[:workers]:
             self._started += 1
-            job = f"local-{os.getpid()}-{self._started}"
+            job = f"local-{self._name}-{self._started}"
             environment, arguments = self._shares[i]
             command = [*self._command, *arguments, f"--job={job}", "--tied"]
             log = self._logs / f"{job}.log"

@@ -3,9 +3,11 @@
 import math
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +17,8 @@ from cdl.errors import UserError
 from cdl.launch.supervise import End
 
 __all__ = ["Ray", "parse_resources"]
+
+_LOOK_SECONDS = 0.5
 
 
 class Ray:
@@ -57,7 +61,7 @@ class Ray:
         cpus, gpus = wanted.pop("CPU", 0), wanted.pop("GPU", 0)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=wanted, max_retries=0, max_calls=1)
         self._task = task(_work)
-        self._logs, self._started = logs, 0
+        self._logs, self._started, self._name = logs, 0, secrets.token_hex(3)
         self._tasks: dict[Any, str] = {}  # -> job
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -65,7 +69,7 @@ class Ray:
         settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_"))}
         for _ in range(workers):
             self._started += 1
-            job = f"ray-{os.getpid()}-{self._started}"
+            job = f"ray-{self._name}-{self._started}"
             arguments = [*self._arguments, f"--job={job}", "--tied"]
             task = self._task.remote(arguments, str(self._log(job)), os.getcwd(), settings)
             self._tasks[task] = job
@@ -104,11 +108,12 @@ def _work(arguments: list[str], log: str, folder: str, settings: dict[str, str])
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=f, stderr=f, cwd=folder, env=os.environ | settings
         )
-    try:
-        return process.wait()
-    except KeyboardInterrupt:  # cancelled
-        process.terminate()
-        return process.wait()
+    while (code := process.poll()) is None:
+        try:
+            time.sleep(_LOOK_SECONDS)  # a wait for the process would not hear that the task is cancelled
+        except KeyboardInterrupt:
+            process.terminate()
+    return code
 
 
 def parse_resources(text: str) -> dict[str, float]:

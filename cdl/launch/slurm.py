@@ -16,6 +16,7 @@ __all__ = ["Slurm"]
 
 _LOOK_SECONDS = 2.0  # between two questions to the controller, which many users share
 _ANSWER_SECONDS = 60
+_MOST_ASKED = 3  # times, where it matters
 _NOTICE_SECONDS = 120  # before the time limit, to save
 
 
@@ -26,7 +27,8 @@ class Slurm:
       command: ``cdl worker FOLDER``, as words.
       options: of sbatch, such as "--partition=gpu --gres=gpu:1 --time=4:00:00".
       logs: folder for what workers say; made.
-      name: of the jobs, and of no others. Those that are in the queue, whose command was killed, become this one's.
+      name: of the jobs, and of no others. Those in the queue become this one's: whoever began them was killed, or will
+        replace them.
 
     Raises:
       UserError: no Slurm here.
@@ -86,8 +88,15 @@ class Slurm:
         return {f"slurm-{job}" for job in self._jobs}
 
     def stop(self, kill: bool) -> None:
-        how = ["--signal=KILL", "--full"] if kill else []
-        _ask(["scancel", *how, *sorted(self._jobs)])
+        # Without a signal Slurm would kill those at work 30 seconds later.
+        which = [["--signal=KILL", "--full"]] if kill else [["--state=PENDING"], ["--batch", "--signal=TERM"]]
+        for how in which:
+            for _ in range(_MOST_ASKED):
+                done = _ask(["scancel", "--quiet", *how, *sorted(self._jobs)])
+                if done.returncode == 0:
+                    break
+                say(f"{_one_line(done.stderr)}; jobs may go on")
+                time.sleep(_LOOK_SECONDS)
 
 
 def _queued(*which: str) -> set[str] | None:

@@ -19,6 +19,8 @@ _LAST_SECONDS = 20.0  # for workers to end by themselves once all runs have
 _MOST_CRASHES = 3  # of workers, before any has begun a run
 _MOST_STARTS = 30  # of workers that are killed before they have, say
 _MOST_REFUSALS = 2  # of workers, before a run has ended: one may be a matter of its host alone
+_MOST_FAILED_STARTS = 20
+_LONGEST_PAUSE = 300.0  # seconds, between starts of workers that fail
 BAD_INPUT = 2  # exit code of `cdl.cli` for what a person has to mend
 _BY_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -72,34 +74,46 @@ def supervise(
 
     Raises:
       Stopped: it was asked to.
-      UserError: what a worker says that a person has to mend; workers that end before they begin a run.
+      UserError: while no run is trained, what a worker says that a person has to mend, or that workers end before they
+        begin a run; workers that cannot be started.
     """
-    crashed, started = 0, 0  # since a run was last begun
-    refused, before, last, told = 0, _progress(store, points), None, set[str]()
+    crashed, refused, started, not_started = 0, 0, 0, 0  # since a run was last begun; refused: since one has ended
+    before, last, told, pause_ends = _progress(store, points), None, set[str](), 0.0
     try:
-        while left := _left(store, points):
+        while True:
+            holders = _holders(store)  # before what is left: who has just published one holds none for a moment
+            left = _left(store, points)
+            if not left:
+                break
             if (now := _progress(store, left)) != before:
                 crashed, started = 0, 0
                 refused, before = refused if now[0] == before[0] else 0, now
             for end in backend.ended():
                 bury(store, end)
+                refused += end.code == BAD_INPUT
+                crashed += end.code not in (0, BAD_INPUT) and not _by_others(end)
                 if end.code == BAD_INPUT:
-                    refused += 1
-                    mend = _last_line(end.log).removeprefix("cdl: error: ")
-                    if refused >= _MOST_REFUSALS:
-                        raise UserError(mend)
-                    say(f"{describe(end)} ({mend}); another one is tried")
-                crashed += end.code != 0 and not _by_others(end)
+                    say(f"{describe(end)}: {_mend(end)}")
+                pause_ends = _after_pause(crashed + refused)
                 last = end
-            if crashed >= _MOST_CRASHES or started >= _MOST_STARTS:
+            held = {p.id: holders[p.id] for p in left if p.id in holders}
+            if not held and refused >= _MOST_REFUSALS and last:
+                raise UserError(_mend(last))
+            if not held and (crashed >= _MOST_CRASHES or started >= _MOST_STARTS):
                 said = f"{describe(last)}: {_last_line(last.log)}" if last else "they say nothing"
                 raise UserError(f"workers end without having begun a run ({said}); see {store.root / 'logs'}")
-            holders = [store.claims.holder(store.checkpoints(p)) for p in left]
-            others = _others(set(filter(None, holders)), store, backend)
-            more = min(workers - len(backend.jobs()) - len(others), holders.count(None))
-            if more > 0:
-                backend.start(more)
-                started += 1
+            others = _others(set(held.values()), store, backend)
+            more = min(workers - len(backend.jobs()) - len(others), len(left) - len(held))
+            if more > 0 and time.monotonic() > pause_ends:
+                try:
+                    backend.start(more)
+                    started, not_started = started + 1, 0
+                except UserError as error:
+                    not_started += 1
+                    if not last or not_started >= _MOST_FAILED_STARTS:
+                        raise
+                    say(f"{error}; tried again later")
+                    pause_ends = _after_pause(not_started)
             if new := others - told:
                 told |= new
                 doubt = "" if all(map(store.claims.heard, new)) else ", or were until it died: a minute will tell"
@@ -121,7 +135,24 @@ def _left(store: Store, points: Sequence[Point]) -> list[Point]:
 
 def _progress(store: Store, left: Sequence[Point]) -> tuple[int, int]:
     """Changes with every run that is begun or ends."""
-    return len(left), sum(len(list(store.checkpoints(p).glob("claim-*"))) for p in left)
+    ids = {p.id for p in left}
+    return len(left), sum(len(list(f.glob("claim-*"))) for f in store.begun() if f.name in ids)
+
+
+def _holders(store: Store) -> dict[str, str]:
+    """The living workers of those runs that have one, by id."""
+    holders = {folder.name: store.claims.holder(folder) for folder in store.begun()}
+    return {id: worker for id, worker in holders.items() if worker}
+
+
+def _after_pause(failures: int) -> float:
+    """When to start another worker: the later, the more have failed in a row."""
+    return time.monotonic() + min(2.0**failures, _LONGEST_PAUSE) if failures else 0.0
+
+
+def _mend(end: End) -> str:
+    """What a worker that refuses to work says."""
+    return _last_line(end.log).removeprefix("cdl: error: ")
 
 
 def _others(holders: set[str], store: Store, backend: Backend) -> set[str]:

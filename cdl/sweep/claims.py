@@ -162,15 +162,26 @@ class Claims:
 
     def held(self, claim: Path) -> bool:
         """Is its holder alive, and has not let go?"""
-        said = _read(claim)
-        if "worker" not in said:  # being written, or its writer died over it
-            return self._moves(str(claim), 0)
+        try:
+            said = json.loads(claim.read_text())
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # who knows; the next look may
+        except ValueError:  # being written, or its writer died over it
+            if self._moves(str(claim), 0):
+                return True
+            with contextlib.suppress(OSError):  # others have not watched it for so long
+                replace(claim, json.dumps({"worker": "unknown", "ended": "released"}))
+            return False
+        self._seen.pop(str(claim), None)
         return "ended" not in said and self.alive(said["worker"])
 
     def superseded(self, claim: Path) -> bool:
         """Has another process thought the holder dead and taken the run, and maybe ended it?"""
-        number = _CLAIM.fullmatch(claim.name)
-        return number is None or _newest(claim.parent) != int(number[1])
+        with contextlib.suppress(OSError):  # the next look may tell
+            return f"claim-{_newest(claim.parent)}" != claim.name
+        return False
 
     def end(self, claim: Path, how: str, said: str = "") -> None:
         """Let go of a claim: "released", or "failed" with what is known of it."""
@@ -186,9 +197,9 @@ class Claims:
                 continue  # its writer died over it
             if "forgiven" in claim or claim.get("step") != step:
                 break
-            if "ended" not in claim and self.alive(claim["worker"]):
-                continue
             death = {} if "ended" in claim else self.record(claim["worker"])
+            if "ended" not in claim and (not death or self.alive(claim["worker"])):
+                continue  # under way; or it ended well, but could not write that on a full disk
             crashed = claim.get("ended") == "failed" or "crashed" in death
             crashes += crashed
             deaths += "ended" not in claim and not crashed
@@ -234,8 +245,11 @@ class Claims:
             return False
         if said.get("host") == _host() and said.get("born"):
             born = _born(said["pid"])
+            if born == said["born"]:
+                return True
             if born is not None:
-                return born == said["born"]
+                self.bury(worker)  # other hosts cannot know
+                return False
         if self._moves(worker, stamp):
             return True if worker in self._moved else None
         self.bury(worker)  # others have not watched it for so long
@@ -284,10 +298,7 @@ def create(file: Path, text: str) -> bool:
     """
     temporary = file.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{file.name}")
     try:
-        with temporary.open("w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())  # a name without its content is all that a lost host may leave otherwise
+        _write(temporary, text)
         try:
             os.link(temporary, file)
         except FileExistsError:
@@ -307,7 +318,7 @@ def replace(file: Path, text: str, stamp: int | None = None) -> None:
     """Write a file whole or not at all. stamp: its time, ns."""
     temporary = file.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{file.name}")
     try:
-        temporary.write_text(text)
+        _write(temporary, text)
         if stamp is not None:
             os.utime(temporary, ns=(stamp, stamp))
         temporary.replace(file)
@@ -315,6 +326,13 @@ def replace(file: Path, text: str, stamp: int | None = None) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _write(file: Path, text: str) -> None:
+    with file.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())  # a name without its content is all that a host which goes down may leave otherwise
 
 
 @functools.cache

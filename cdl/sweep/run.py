@@ -118,27 +118,30 @@ def run_points(
             listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
         sweep, waits = _Sweep(store, worker, listeners, keep, give_up, stop), False
         while groups:
-            in_first_process(lambda: worker.reborn() if worker.buried() else None)
+            if in_first_process(worker.buried):
+                in_first_process(worker.reborn)
             taken = {key: _run_group(group, layouts[key], costs[key], sweep) for key, group in groups.items()}
             groups = {key: group for key, group in taken.items() if group}
             if groups:
-                if not waits and jax.process_index() == 0:
-                    say(_left(groups, store) + ("; waiting for them" if wait else ", and left to them"))
-                if not wait:
+                worker.tell(runs={}, per_s=None, flops_per_s=None)
+                others = in_first_process(functools.partial(_say_who_trains, groups, store, waits, wait))
+                if others and not wait:
                     return
-                waits = True
+                waits = waits or bool(others)
                 time.sleep(_WAIT_SECONDS)
                 if not on_all_processes(not stop()):
                     raise Stopped
 
 
-def _left(groups: Mapping[str, Sequence[Point]], store: Store) -> str:
-    """Who trains runs that this process may not have."""
+def _say_who_trains(groups: Mapping[str, Sequence[Point]], store: Store, known: bool, wait: bool) -> int:
+    """Say who trains the runs that this process may not have, unless that is known; how many they are."""
     points = [p for group in groups.values() for p in group]
-    holders = {store.claims.holder(store.checkpoints(p)) for p in points} - {None}
-    doubt = "" if all(store.claims.heard(w) for w in holders if w) else ", or did until it died: a minute will tell"
-    runs = f"{len(points)} run{'s are' if len(points) > 1 else ' is'}"
-    return f"{runs} trained by other processes ({', '.join(sorted(filter(None, holders)))}{doubt})"
+    holders = sorted(filter(None, {store.claims.holder(store.checkpoints(p)) for p in points}))
+    if holders and not known:
+        runs = f"{len(points)} run{'s are' if len(points) > 1 else ' is'}"
+        doubt = "" if all(map(store.claims.heard, holders)) else ", or were until it died: a minute will tell"
+        say(f"{runs} trained by {', '.join(holders)}{doubt}; {'waiting' if wait else 'left to others'}")
+    return len(holders)
 
 
 class _Sweep(NamedTuple):
@@ -212,15 +215,15 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
     while rest:
         now, rest = _next_batch(rest, store)
         mine: set[str] = set()
-        waiting = list(now)
-        while waiting and len(mine) < where.at_once:  # before memory and time go into a program for nothing
-            point = waiting.pop(0)
-            mine |= {point.id} if claimed(point) else set()
-        if not mine:
-            continue
-        todo = [p for p in now if p.id in mine] + waiting
+        waiting, todo = list(now), list[Point]()
         trouble: Exception | None = None
         try:
+            while waiting and len(mine) < where.at_once:  # before memory and time go into a program for nothing
+                point = waiting.pop(0)
+                mine |= {point.id} if claimed(point) else set()
+            if not mine:
+                continue
+            todo = [p for p in now if p.id in mine] + waiting
             program = program or compiled(todo[0], where)
             trouble = _train_group(program, todo, mine, claimed, where.at_once, cost, sweep)
         except RunError as error:
@@ -234,11 +237,11 @@ def _run_group(group: Sequence[Point], where: Layout, cost: StepCost, sweep: _Sw
                 f"compute.microbatches=2 or more, or compute.remat=full"
             ) from error
         except Exception as error:
-            if not isinstance(error, UserError | Stopped):
+            if not isinstance(error, UserError | OSError | Stopped):  # files of runs raise as `RunError`
                 _blame(todo, error, store)
             raise
         finally:
-            for point in todo:
+            for point in now:
                 store.release(point)
         if trouble:
             raise trouble
@@ -303,6 +306,7 @@ def _train_group(
     trouble: list[Exception] = []  # of writing results or telling of them, after which all is saved
     lost: set[str] = set()  # runs that others have taken over
     looked = 0.0
+    alone = jax.process_count() == 1
 
     def open(run: Run) -> Checkpoints | None:
         point = by_id[run.id]
@@ -331,11 +335,12 @@ def _train_group(
             if id in opened and id not in lost:
                 say(f"this process was silent for so long that another one has taken over its run {id}")
                 lost.add(id)
-                opened[id].abandon()
+                if alone:  # others would wait for this one; what they save is what whoever took it over will
+                    opened[id].abandon()
 
     def finish(outcome: Outcome) -> None:
         point, checkpoints = by_id[outcome.run.id], opened[outcome.run.id]
-        if point.id in store.lost(sweep.worker):
+        if alone and point.id in store.lost(sweep.worker):
             lost.add(point.id)
             checkpoints.abandon()
             return
@@ -377,11 +382,11 @@ def _train_group(
         for outcome in outcomes:
             finish(outcome)
     except Stopped:
-        if not trouble and (sweep.stop() or not lost or jax.process_count() > 1):
+        if not trouble and (sweep.stop() or not lost or not alone):
             raise
     except BaseException as e:
         # Of several processes this may be the only one that got here; and who interrupts twice will not wait.
-        together = jax.process_count() == 1 and not isinstance(e, KeyboardInterrupt)
+        together = alone and not isinstance(e, KeyboardInterrupt)
         for error in trouble:
             say(str(error))
         raise

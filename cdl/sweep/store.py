@@ -10,9 +10,9 @@
                                     where it was given up
     runs/demo/workers/<name>.json   a process that trains; .dead beside it: it does no more (see `cdl.sweep.claims`)
 
-No file is shared but by readers. The folder of a point is written under a temporary name and renamed, so a reader sees
-all of it or nothing; what a crash leaves lies in checkpoints/<id>, which the next process to train the run clears.
-Tables are made by reading the folders.
+No two processes have to write one file at once. The folder of a point is written under a temporary name and renamed, so
+a reader sees all of it or nothing; what a crash leaves lies in checkpoints/<id>, which the next process to train the
+run clears. Tables are made by reading the folders.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from cdl.sweep.claims import TEMPORARY, Attempts, Claims, Worker, create, replac
 if TYPE_CHECKING:  # a reader of results needs no model
     from cdl.sweep.grid import Point
 
-__all__ = ["Claim", "Store", "grid_name", "sweep_table"]
+__all__ = ["Claim", "Store", "grid_name", "read_json", "sweep_table"]
 
 _RECORD = "sweep.json"
 _FAILED = "failed.json"
@@ -90,7 +90,7 @@ class Store:
     def _check(self, points: "Sequence[Point]") -> None:
         record = self.root / _RECORD
         if record.is_file():
-            old, fixed = _read_json(record, "this file")["fixed"], _common(points)
+            old, fixed = read_json(record, "this file")["fixed"], _common(points)
             # Names first: another optimizer also has other arguments, but that is not the news.
             for field, there in sorted(old.items(), key=lambda x: (not x[0].endswith(".name"), x[0])):
                 here = fixed.get(field, "varied")
@@ -161,7 +161,7 @@ class Store:
             raise unknown(f"grid in {self.root}", name, names)
         files = [self.root / "grids" / f"{n}.json" for n in ([name] if name else names)]
         ordered = sorted(files, key=lambda f: f.stat().st_mtime_ns if f.exists() else 0)
-        return [_read_json(f, "this file") for f in ordered]
+        return [read_json(f, "this file") for f in ordered]
 
     def expected(self) -> set[str]:
         """Ids of all points that sweeps into this folder were asked for."""
@@ -209,8 +209,8 @@ class Store:
         tries = self.attempts(point)
         if give_up and (tries.crashes >= MOST_CRASHES or tries.deaths >= MOST_DEATHS):
             died = f"its process was killed, or lost, {tries.deaths} times before the run got further"
-            self._give_up(point, tries.said or died)
             self.claims.end(claim, "released")
+            self._give_up(point, tries.said or died)
             return Claim.FAILED
         for left in folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -226,6 +226,7 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ESTALE):  # whoever has just finished it has removed it
                     raise
+                time.sleep(0.05)
 
     def release(self, point: "Point", failed: str | None = None) -> None:
         """Let others have a point that was begun. failed: what went wrong, where something did."""
@@ -240,7 +241,7 @@ class Store:
         run, keep = folder / "run.json", True
         with contextlib.suppress(UserError):
             if run.exists():
-                keep = _read_json(run, "").get("keep") and self.result(folder.name)["status"] == "done"
+                keep = read_json(run, "").get("keep") and self.result(folder.name)["status"] == "done"
         if not keep:
             with contextlib.suppress(OSError):
                 _remove(folder)
@@ -347,8 +348,8 @@ class Store:
           point: the latter, where they are known: half of the files are not read then.
         """
         folder = self.root / id
-        result = _read_json(folder / "result.json", f"the folder {folder}")
-        described: dict[str, Any] = {} if point else _read_json(folder / "point.json", f"the folder {folder}")
+        result = read_json(folder / "result.json", f"the folder {folder}")
+        described: dict[str, Any] = {} if point else read_json(folder / "point.json", f"the folder {folder}")
         if "loss" not in result or not (point or "config" in described):
             raise UserError(f"{folder} is damaged: a field is missing; remove it and run the sweep again")
         fingerprints = {field: described.get(field, "") for field in _FINGERPRINTS}
@@ -427,7 +428,7 @@ def _grid_text(points: "Sequence[Point]") -> str:
     return json.dumps({"common": common, "points": own})
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a file; `remedy` is what to remove where it is damaged."""
     try:
         began = time.monotonic()
