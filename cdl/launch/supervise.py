@@ -74,8 +74,8 @@ def supervise(
 
     Raises:
       Stopped: it was asked to.
-      UserError: while no run is trained, what a worker says that a person has to mend, or that workers end before they
-        begin a run; workers that cannot be started.
+      UserError: where no worker is left, what the last one says that a person has to mend, or that workers end before
+        they begin a run; workers that cannot be started.
     """
     crashed, refused, started, not_started = 0, 0, 0, 0  # since a run was last begun; refused: since one has ended
     before, last, told, pause_ends = _progress(store, points), None, set[str](), 0.0
@@ -97,9 +97,10 @@ def supervise(
                 pause_ends = _after_pause(crashed + refused)
                 last = end
             held = {p.id: holders[p.id] for p in left if p.id in holders}
-            if not held and refused >= _MOST_REFUSALS and last:
+            idle = not held and not backend.jobs()  # else one that works, or waits for its place, may do
+            if idle and refused >= _MOST_REFUSALS and last:
                 raise UserError(_mend(last))
-            if not held and (crashed >= _MOST_CRASHES or started >= _MOST_STARTS):
+            if (idle and crashed >= _MOST_CRASHES) or (not held and started >= _MOST_STARTS):
                 said = f"{describe(last)}: {_last_line(last.log)}" if last else "they say nothing"
                 raise UserError(f"workers end without having begun a run ({said}); see {store.root / 'logs'}")
             others = _others(set(held.values()), store, backend)

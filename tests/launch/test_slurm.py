@@ -10,7 +10,7 @@ import pytest
 
 from cdl.sweep.store import Store
 from tests.launch.slurm_cluster import missing, slurm_cluster
-from tests.launch.test_local import Written, sweep
+from tests.launch.test_local import Written, interrupt, sweep
 from tests.sweep.test_run import equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
@@ -28,21 +28,23 @@ def pid_of_a_worker(out: Path) -> int | None:
 
 
 def test_killed_jobs_are_replaced_and_the_table_is_that_of_one_process(
-    slurm: dict[str, str], tiny_sweep: Path, tmp_path: Path
+    slurm: dict[str, str], long8: str, undisturbed8: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "s"
-    written = Written(out)
-    command = sweep(out, "--backend=slurm", "--workers=2", "--sbatch=--cpus-per-task=1")
+    written, killed = Written(out), 0
+    command = sweep(out, "--backend=slurm", "--workers=2", "--sbatch=--cpus-per-task=1", config=long8)
     with subprocess.Popen(command, env=slurm, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         for finished in (1, 4):
             while process.poll() is None and (written.look() < finished or pid_of_a_worker(out) is None):
                 time.sleep(0.02)
             if pid := pid_of_a_worker(out):
                 os.kill(pid, 9)
+                killed += 1
         _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
+    assert killed == 2
     assert written.look() == 8
-    equal(out, tiny_sweep)
+    equal(out, undisturbed8)
     jobs = subprocess.run(["squeue", "--noheader"], env=slurm, capture_output=True, text=True, check=True).stdout
     assert not jobs
 
@@ -72,17 +74,8 @@ def test_a_killed_coordinator_is_followed_by_one_that_finds_its_jobs_at_work(
     equal(out, tiny_sweep)
 
 
-def test_ctrl_c_ends_the_jobs(slurm: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "s"
-    command = sweep(out, "--backend=slurm", "--workers=2", "eval.size=100000")
-    with subprocess.Popen(command, env=slurm, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not Store(out).ids():
-            time.sleep(0.02)
-        process.send_signal(2)
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert not [w for w in Store(out).claims.workers() if Store(out).claims.alive(w)]
-    assert "the same command goes on from there" in said
+def test_ctrl_c_has_the_jobs_save_and_end(slurm: dict[str, str], tmp_path: Path) -> None:
+    assert not any(w.is_running() for w in interrupt(tmp_path, "--backend=slurm", "--workers=2", **slurm))
 
 
 def test_options_that_slurm_refuses_are_said(slurm: dict[str, str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Claims: a run has one process at a time, without locks and without trusting any clock."""
 
+import errno
 import json
 import os
 import subprocess
@@ -45,6 +46,14 @@ def go_on(process: "subprocess.Popen[str]") -> None:
     process.stdin.flush()
 
 
+def frozen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The steady clock of this process, which stands, as all of its workers do."""
+    clock = [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 1e6)
+    return clock
+
+
 def test_of_many_processes_that_want_all_runs_each_run_has_one(tmp_path: Path) -> None:
     runs = folders(tmp_path, 100)
     held: Counter[str] = Counter()
@@ -85,8 +94,7 @@ def test_a_run_whose_process_was_killed_is_free_at_once(tmp_path: Path) -> None:
 
 def test_elsewhere_a_worker_lives_as_long_as_its_stamp_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = folders(tmp_path, 1)
-    clock = [1000.0]
-    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    clock = frozen(monkeypatch)
     with Worker(tmp_path) as they, Worker(tmp_path) as we:
         theirs, ours = Claims(tmp_path), Claims(tmp_path)
         claim = theirs.take(run, they.name, 0)
@@ -119,6 +127,67 @@ def test_of_a_worker_elsewhere_it_takes_two_stamps_to_know_that_it_lives(
         assert not ours.heard(they.name)
         they._beat()
         assert ours.heard(they.name)
+
+
+def test_whoever_sees_a_process_dead_tells_other_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = folders(tmp_path, 1)
+    with holder(tmp_path, run) as other:
+        go_on(other)
+        assert other.stdout is not None
+        assert other.stdout.readline().split() == [run.name]
+        other.kill()
+    ours = Claims(tmp_path)
+    assert ours.holder(run) is None
+    monkeypatch.setattr(claims, "_host", lambda: "another host")
+    with Worker(tmp_path) as we:
+        assert Claims(tmp_path).take(run, we.name, 0) == run / "claim-2"
+    assert ours.attempts(run, 0).deaths == 1
+
+
+def test_a_claim_without_words_is_watched_for_a_minute_and_then_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = folders(tmp_path, 1)
+    clock = frozen(monkeypatch)
+    (run / "claim-1").touch()
+    ours = Claims(tmp_path)
+    with Worker(tmp_path) as we:
+        assert ours.take(run, we.name, 0) is None
+        clock[0] += claims.SILENT_SECONDS + 1
+        assert Claims(tmp_path).take(run, we.name, 0) is None  # who has not watched
+        assert not ours.held(run / "claim-1")
+        assert Claims(tmp_path).take(run, we.name, 0) == run / "claim-2"
+    assert ours.attempts(run, 0) == Attempts()
+
+
+def test_a_claim_that_cannot_be_read_now_and_then_stays_its_holders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = folders(tmp_path, 1)
+    clock = frozen(monkeypatch)
+    plain = Path.read_text
+    with Worker(tmp_path) as they, Worker(tmp_path) as we:
+        ours = Claims(tmp_path)
+        claim = ours.take(run, they.name, 0)
+        assert claim
+
+        def stale(path: Path, *arguments: str) -> str:
+            if path == claim:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return plain(path, *arguments)
+
+        for read in (stale, plain, stale, stale, plain):
+            monkeypatch.setattr(Path, "read_text", read)
+            assert ours.take(run, we.name, 0) is None
+            clock[0] += claims.SILENT_SECONDS + 1
+
+
+def test_who_ends_well_but_cannot_write_that_is_not_counted(tmp_path: Path) -> None:
+    (run,) = folders(tmp_path, 1)
+    with Worker(tmp_path) as they:
+        assert Claims(tmp_path).take(run, they.name, 0)
+    assert Claims(tmp_path).holder(run) is None
+    assert Claims(tmp_path).attempts(run, 0) == Attempts()
 
 
 def test_a_worker_that_was_buried_knows_it_and_can_begin_anew(tmp_path: Path) -> None:

@@ -47,12 +47,13 @@ def equal(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigkill_at_several_moments_loses_and_changes_nothing(tiny_sweep: Path, tmp_path: Path) -> None:
+def test_sigkill_at_several_moments_loses_and_changes_nothing(long8: str, undisturbed8: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
+    command = [sys.executable, "-m", "cdl.cli", "sweep", f"--config={long8}", f"--out={out}"]
     moments = random.Random(0)
     seen: set[str] = set()
     for more in (0, 1, 0, 1):  # kill when this many more points are published, and up to 20 ms later
-        process = subprocess.Popen(sweep(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (
             len(Store(out).ids()) < len(seen) + more or not (out / "sweep.json").exists()
         ):
@@ -67,11 +68,11 @@ def test_sigkill_at_several_moments_loses_and_changes_nothing(tiny_sweep: Path, 
         seen = now
     assert 0 < len(seen) < 8
     written = {id: (out / id / "result.json").stat().st_mtime_ns for id in seen}
-    done = subprocess.run(sweep(out), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for id, when in written.items():
         assert (out / id / "result.json").stat().st_mtime_ns == when  # not run again
-    equal(out, tiny_sweep)
+    equal(out, undisturbed8)
 
 
 def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
@@ -213,8 +214,9 @@ def test_replaced_images_are_said_and_counted(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err.count("cannot be decoded and are replaced by the next ones") == 1
 
 
+@pytest.mark.parametrize("wait", [True, False])
 def test_a_process_that_others_think_dead_goes_on_under_another_name(
-    tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wait: bool, tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, grid = load(TINY)
     assert grid is not None
@@ -230,7 +232,7 @@ def test_a_process_that_others_think_dead_goes_on_under_another_name(
                 other.claims.bury(names[0])
                 assert all(other.claims.holder(folder) is None for folder in other.begun())
 
-    run_points(points, store, [Burying()], lanes=2)
+    run_points(points, store, [Burying()], lanes=2, wait=wait)
     assert len(names) == 2
     assert "another one has taken over its run" in capsys.readouterr().err
     equal(store.root, tiny_sweep)
