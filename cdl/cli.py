@@ -153,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     def worker_arguments(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: one per device)")
+        p.add_argument(
+            "--lanes", type=int, metavar="N", help="runs side by side (default: a core each, or as many as pay)"
+        )
         p.add_argument(
             "--workers", type=int, metavar="N", help="processes that train, replaced when they die (default: this one)"
         )
@@ -211,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         "cdl worker runs/demo",
     )
     p.add_argument("folder", help="folder of a sweep, which all of its workers see")
-    p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: one per device)")
+    p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: a core each, or as many as pay)")
     metrics_arguments(p)
     p.add_argument("--grid", help=argparse.SUPPRESS)  # from here on, for whoever starts it
     p.add_argument("--job", help=argparse.SUPPRESS)

@@ -65,7 +65,10 @@ class Goal:
             (shortest < T < math.inf, f"T={T} must be beyond shortest={shortest}; raise T or lower shortest"),
             (0 < self.width < math.inf, f"width={self.width:g} must be a positive share of the loss, such as 0.02"),
             (0 < self.eta_ref < math.inf, f"eta_ref={self.eta_ref:g} must be positive and finite"),
-            (first <= self.budget < math.inf, f"budget={self.budget:g} must pay for the first grid: {first} or more"),
+            (
+                first <= self.budget < math.inf,
+                f"budget={self.budget:g} updates must pay for the first grid, {first}; raise it",
+            ),
             (shortest <= self.top <= T, f"longest={self.top} must lie between shortest={shortest} and T={T}"),
         ):
             if not fine:

@@ -158,7 +158,7 @@ class Store:
         `cdl.sweep.grid.points_in` reads them."""
         names = self.grid_names()
         if name and name not in names:
-            raise unknown(f"grid in {self.root}", name, names)
+            raise unknown("grid", name, names)
         files = [self.root / "grids" / f"{n}.json" for n in ([name] if name else names)]
         ordered = sorted(files, key=lambda f: f.stat().st_mtime_ns if f.exists() else 0)
         return [read_json(f, "this file") for f in ordered]
