@@ -67,7 +67,7 @@ class Goal:
             (0 < self.eta_ref < math.inf, f"eta_ref={self.eta_ref:g} must be positive and finite"),
             (
                 first <= self.budget < math.inf,
-                f"budget={self.budget:g} updates must pay for the first grid, {first}; raise it",
+                f"budget={self.budget:g} updates: the first grid takes {first}",
             ),
             (shortest <= self.top <= T, f"longest={self.top} must lie between shortest={shortest} and T={T}"),
         ):

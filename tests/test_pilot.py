@@ -205,7 +205,7 @@ def test_pilots_keep_what_they_promise_and_beat_grids_of_the_same_cost() -> None
     ("wrong", "says"),
     [
         ({"T": 100}, "T=100 must be beyond shortest=100"),
-        ({"budget": 499}, "budget=499 updates must pay for the first grid, 500; raise it"),
+        ({"budget": 499}, "budget=499 updates: the first grid takes 500"),
         ({"budget": math.inf}, "budget=inf"),
         ({"width": 0}, "width=0 must be"),
         ({"width": math.nan}, "width=nan must be"),

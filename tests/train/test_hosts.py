@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cdl.errors import UserError
-from cdl.sweep.store import Store, sweep_table
+from cdl.sweep.store import MOST_CRASHES, Store, sweep_table
 from cdl.train import distributed
 from cdl.train.distributed import join_processes
 
@@ -99,6 +99,36 @@ def test_a_signal_to_one_process_stops_and_saves_both(tmp_path: Path) -> None:
     assert processes[1].returncode == 143, said[1]
     assert processes[0].returncode == 130, said[0]  # stopped, though not by a signal of its own
     assert "those under way are saved" in said[0].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_run_that_always_raises_ends_both_but_is_given_up_in_the_end(tmp_path: Path) -> None:
+    config, out = tmp_path / "two.py", tmp_path / "s"
+    text = Path(TINY).read_text()
+    config.write_text(text.replace("T=[40, 60, 90, 130]", "T=[40, 130]").replace("[0.5, 2.0]", "[0.5]"))
+    faulty = str(Path(__file__).parents[1] / "launch" / "faulty.py")
+    environment = os.environ | dict(FAULTY="raise", FAULTY_T="130", JAX_NUM_CPU_DEVICES="4")
+    finished = []
+    for _ in range(4):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        words = ["sweep", f"--config={config}", f"--out={out}", "data.batch_size=16", "mesh.fsdp=-1", "--processes=2"]
+        command = [sys.executable, faulty, *words, f"--coordinator=127.0.0.1:{port}"]
+        pipe = subprocess.PIPE
+        both = [
+            subprocess.Popen([*command, f"--process={i}"], stdout=pipe, stderr=pipe, text=True, env=environment)
+            for i in range(2)
+        ]
+        said = [process.communicate(timeout=200)[1] for process in both]
+        finished.append(len(Store(out).ids()))
+        if both[0].returncode == 2:
+            break
+        assert "RuntimeError: a cosmic ray" in said[0]
+    assert "1 of 2 runs failed" in said[0].splitlines()[-1]
+    assert finished == [0, 1, 1, 1]  # the other one goes first as soon as something is known against this one
+    (record,) = Store(out).failed().values()
+    assert record["attempts"] == MOST_CRASHES
 
 
 @pytest.mark.slow
