@@ -102,7 +102,11 @@ def horizon_figure(fit: "HorizonFit", T: float, checks: "Sequence[Check]" = ()) 
     ax.set_title("Final loss at peak rate $\\eta_{ref}/\\sqrt{T}$" if fit.x == "T" else "", loc="left", fontsize=11)
     horizons = sorted({float(t) for line in fit.lines for t in (*line.T, *(t for t, _ in line.left_out))})
     top = ax.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))
-    shown = [T, *horizons]
+    apart = 0.022 * min(T, *horizons) ** -0.5  # so that labels do not lie on each other
+    shown = [T]
+    for t in reversed(horizons):
+        if all(abs(t**-0.5 - other**-0.5) > apart for other in shown):
+            shown.append(t)
     top.xaxis.set_major_locator(FixedLocator([t**-0.5 for t in shown]))
     top.xaxis.set_minor_locator(NullLocator())
     top.set_xticklabels([f"{t:,g}" if t < 1e6 else f"{t:.2g}" for t in shown], fontsize=7, rotation=60, color=GREY)
