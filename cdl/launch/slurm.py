@@ -88,15 +88,21 @@ class Slurm:
         return {f"slurm-{job}" for job in self._jobs}
 
     def stop(self, kill: bool) -> None:
+        self._cancel("PENDING")
         # Without a signal Slurm would kill those at work 30 seconds later.
-        which = [["--signal=KILL", "--full"]] if kill else [["--state=PENDING"], ["--batch", "--signal=TERM"]]
-        for how in which:
-            for _ in range(_MOST_ASKED):
-                done = _ask(["scancel", "--quiet", *how, *sorted(self._jobs)])
-                if done.returncode == 0:
-                    break
-                say(f"{_one_line(done.stderr)}; jobs may go on")
-                time.sleep(_LOOK_SECONDS)
+        self._cancel("RUNNING", *(["--signal=KILL", "--full"] if kill else ["--signal=TERM", "--batch"]))
+
+    def _cancel(self, state: str, *how: str) -> None:
+        said = ""
+        for _ in range(_MOST_ASKED):
+            queued = _queued(f"--states={state}")
+            these = sorted(self._jobs & (queued or set()))
+            done = _ask(["scancel", *how, *these]) if these else None
+            if queued is not None and (done is None or done.returncode == 0):
+                return
+            said = _one_line(done.stderr) if done else "squeue does not answer"
+            time.sleep(_LOOK_SECONDS)
+        say(f"{said}; jobs may go on")
 
 
 def _queued(*which: str) -> set[str] | None:
