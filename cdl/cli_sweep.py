@@ -81,14 +81,14 @@ def _tell_failed(store: Store, points: Sequence[Point]) -> str:
 
 def _conclude(arguments: argparse.Namespace, store: Store, points: Sequence[Point], train: Trainer) -> str:
     """Fit the law, check it if asked to, and write the report; returns what is to be done where the check failed."""
-    failed = ""
     try:
         made = plan(store.root)
     except NoLaw as e:  # the runs are what was asked for; not every grid has a law in it
         if arguments.check:
             raise UserError(f"the runs are done, but there is nothing to check: {e}") from e
         print(f"The runs are done, but there is no law to fit: {e}.\nResults: {store.root}")
-        return failed
+        return ""
+    failed = ""
     if arguments.check:
         like = min(points, key=lambda p: p.config.seed).config  # one setting, or there were no law
         checks = points_of(like, [dict(eta_ref=made.eta_ref, T=made.T)])

@@ -174,7 +174,6 @@ class Claims:
             with contextlib.suppress(OSError):  # others have not watched it for so long
                 replace(claim, json.dumps({"worker": "unknown", "ended": "released"}))
             return False
-        self._seen.pop(str(claim), None)
         return "ended" not in said and self.alive(said["worker"])
 
     def superseded(self, claim: Path) -> bool:

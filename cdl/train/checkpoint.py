@@ -198,7 +198,7 @@ class Checkpoints:
         self._abandoned = True
 
     def finish(self) -> None:
-        """Wait for the last save and keep that alone. For runs that have ended and whose weights are wanted."""
+        """Wait for the last save and keep that alone. For runs that have ended."""
         self.wait()
         self._prune(1)
 

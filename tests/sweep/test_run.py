@@ -91,6 +91,16 @@ def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+def opened(out: Path) -> tuple[Store, list[Point]]:
+    """A store for the sweep of tests/tiny.py, and its points."""
+    config, grid = load(TINY)
+    assert grid is not None
+    points = points_of(config, grid)
+    store = Store(out)
+    store.open_for(points)
+    return store, points
+
+
 class Nobody:
     """A listener that does nothing."""
 
@@ -128,11 +138,7 @@ def test_every_config_field_is_read(file: str, tmp_path: Path, monkeypatch: pyte
 def test_a_result_that_cannot_be_written_stops_the_sweep_with_all_others_saved(
     tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, grid = load(TINY)
-    assert grid is not None
-    points = points_of(config, grid)
-    store = Store(tmp_path / "s")
-    store.open_for(points)
+    store, points = opened(tmp_path / "s")
     plain, written = store.write, []
 
     def write(point: Point, *result: Any) -> None:
@@ -157,11 +163,8 @@ def test_a_run_that_was_taken_over_is_left_alone_and_the_others_go_on(
     tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As where this process was suspended for minutes, and another host thought it dead."""
-    config, grid = load(TINY)
-    assert grid is not None
-    points = points_of(config, grid)
-    store, other = Store(tmp_path / "s"), Store(tmp_path / "s")
-    store.open_for(points)
+    store, points = opened(tmp_path / "s")
+    other = Store(store.root)
     taken: list[Point] = []
 
     class Taking(Nobody):
@@ -218,11 +221,8 @@ def test_replaced_images_are_said_and_counted(tmp_path: Path, capsys: pytest.Cap
 def test_a_process_that_others_think_dead_goes_on_under_another_name(
     wait: bool, tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, grid = load(TINY)
-    assert grid is not None
-    points = points_of(config, grid)
-    store, other = Store(tmp_path / "s"), Store(tmp_path / "s")
-    store.open_for(points)
+    store, points = opened(tmp_path / "s")
+    other = Store(store.root)
     names: list[str] = []
 
     class Burying(Nobody):
