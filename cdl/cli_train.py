@@ -29,6 +29,7 @@ from cdl.compute import Compute
 from cdl.errors import Terminated, UserError
 from cdl.metrics import Metrics, OpenWriter, Profile, tensorboard_writers, wandb_writers
 from cdl.models import build as models
+from cdl.models.lora import LoRA
 from cdl.progress import TerminalProgress
 from cdl.sharding import make_mesh
 from cdl.sweep.grid import Point
@@ -96,10 +97,10 @@ def _dry_run(c: ConfigDict, devices: int | None) -> dict[str, str]:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     parts = c.compute.microbatches
     rows = c.data.batch_size // (sizes["data"] * sizes["fsdp"] * parts)
-    unit = f"x {c.data.seq_len} tokens" if c.data.name == "text" else "images"
+    unit = "images" if c.data.name == "images" else f"x {c.data.seq_len} tokens"
     gradients = state_bytes(model, optax.identity(), mesh)  # split as the parameters are
     said = {
-        "parameters": f"{model.n_params:,}",
+        "parameters": f"{model.n_params:,}" + (f", {_trained(model):,} of them trained" if model.frozen else ""),
         "updates": f"T={c.T:,}, {c.optimizer.name}, {c.schedule.name} from a peak rate of {c.eta_ref / c.T**0.5:.4g}",
         "batch": f"{c.data.batch_size} {unit}, {parts} x {rows} on a device",
         "mesh": " ".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -110,7 +111,9 @@ def _dry_run(c: ConfigDict, devices: int | None) -> dict[str, str]:
     if (batch := _batch(c, c.data.batch_size)) is None:
         return said  # the size of images is up to the data
     said["memory"] += f", at most {_bytes(activation_bytes(model, _batch(c, rows)))} of activations"
-    plain = models.build(c.model.to_dict(), Compute(attention="xla"))  # fused attention hides what it computes
+    plain = models.build(
+        c.model.to_dict(), Compute(attention="xla"), LoRA(**c.lora)
+    )  # a fused one hides what it computes
     said["FLOPs"] = f"{step_flops(plain, batch):.4g} an update"
     here = jax.devices()
     if devices is None and here[0].platform != "cpu":
@@ -119,14 +122,25 @@ def _dry_run(c: ConfigDict, devices: int | None) -> dict[str, str]:
     return said
 
 
+def _trained(model: models.Model) -> int:
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, 0)[0]))
+
+
 def _batch(c: ConfigDict, rows: int) -> Any:
     """The shapes of so many rows of a batch, as a model takes them; None where the size of images is up to the data."""
     if c.data.name == "text":
         return jax.ShapeDtypeStruct((rows, c.data.seq_len + 1), jnp.int32)
-    size = c.data.image_size or c.model.to_dict().get("image_size")
-    if not size:
-        return None
-    shapes = dict(image=((rows, size, size, 3), jnp.float32), label=((rows,), jnp.int32))
+    if c.data.name == "images":
+        size = c.data.image_size or c.model.to_dict().get("image_size")
+        if not size:
+            return None
+        shapes = dict(image=((rows, size, size, 3), jnp.float32), label=((rows,), jnp.int32))
+    else:
+        S = c.data.seq_len
+        shapes = dict(tokens=((rows, S + 1), jnp.int32), weight=((rows, S), jnp.float32))
+        if c.data.name == "vqa":
+            size = c.data.image_size
+            shapes |= dict(image=((rows, c.data.images, size, size, 3), jnp.float32), slot=((rows, S), jnp.int32))
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 

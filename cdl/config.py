@@ -23,14 +23,29 @@ from cdl.compute import compute_arguments
 from cdl.data.build import data_arguments
 from cdl.errors import UserError, unknown
 from cdl.models.build import model_arguments
+from cdl.models.lora import lora_arguments
 from cdl.optim.build import optimizer_arguments
 from cdl.schedules import shape_arguments
 
-__all__ = ["HOW", "NAMED", "PATHS", "base", "change", "flatten", "from_flat", "load", "parse_assignments", "section"]
+__all__ = [
+    "HOW",
+    "NAMED",
+    "NEUTRAL",
+    "PATHS",
+    "base",
+    "change",
+    "flatten",
+    "from_flat",
+    "load",
+    "parse_assignments",
+    "section",
+]
 
 NAMED = ("model", "data", "optimizer", "schedule")  # sections whose other fields depend on their name
 HOW = ("compute", "mesh", "checkpoint")  # sections that change rounding, memory and time, and no result but for these
 PATHS = ("data.path", "init")  # of files that count by what is in them
+# Fields that came later: at these values they change nothing, and a run made before they were there keeps its id.
+NEUTRAL = {f"lora.{name}": value for name, value in lora_arguments().items()} | {"optimizer.rates": ""}
 # Fields for which an int (updates) and a float (share of T) mean different things: never converted.
 _DURATIONS = {"schedule.warmup", "schedule.decay", "schedule.rise"}
 
@@ -39,7 +54,7 @@ def section(kind: str, name: str, **changes: Any) -> ConfigDict:
     """One of the sections that have a name (`NAMED`): its defaults, with changes.
 
     >>> flatten(section("optimizer", "sgd", momentum=0.9))
-    {'clip_norm': 0.0, 'momentum': 0.9, 'name': 'sgd', 'weight_decay': 0.0}
+    {'clip_norm': 0.0, 'momentum': 0.9, 'name': 'sgd', 'rates': '', 'weight_decay': 0.0}
     """
     defaults = {
         "model": model_arguments,
@@ -59,7 +74,8 @@ def base() -> ConfigDict:
     seed: of weights and data order. eta_ref, T: reference rate and number of updates; the peak rate is
     eta_ref / sqrt(T). eval.times: held-out evaluations, evenly spaced, the last after update T. eval.size: predicted
     tokens, or images, of the held-out set that are used, a fixed sample. init: weights to start from, a file or folder
-    for `cdl.models.pretrained.load`, or the checkpoints of a run; "": drawn from the seed.
+    for `cdl.models.pretrained.load`, or the checkpoints of a run; "": drawn from the seed. lora
+    (`cdl.models.lora.LoRA`): adapters beside them, which then are all that is trained.
 
     The sections compute (`cdl.compute.Compute`), mesh (sizes of `cdl.sharding.AXES`; -1: what the others
     leave) and checkpoint say how a run is computed and not what (`HOW`). checkpoint.seconds: between two saves of
@@ -72,6 +88,7 @@ def base() -> ConfigDict:
             eta_ref=1.0,
             T=400,
             init="",
+            lora=lora_arguments(),
             model=section("model", "gpt2"),
             data=section("data", "text"),
             optimizer=section("optimizer", "muon_nsgd"),

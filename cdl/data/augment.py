@@ -31,6 +31,7 @@ __all__ = [
     "evaluation_view",
     "resized_crop_box",
     "size_of",
+    "whole_view",
 ]
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -75,6 +76,14 @@ def evaluation_view(image: bytes | np.ndarray, size: int) -> np.ndarray:
     resized_HxWxC = np.asarray(_resized(image, whole, (new_width, new_height)))
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return resized_HxWxC[top : top + size, left : left + size]
+
+
+def whole_view(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """All of the image, its sides stretched to a square, uint8 [size, size, 3]. Raises as `evaluation_view`."""
+    height, width = size_of(image)
+    if (height, width) == (size, size):
+        return _rgb(image)
+    return np.asarray(_resized(image, (0, 0, width, height), (size, size)))
 
 
 def unvaried(image: bytes | np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -10,13 +10,26 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cdl.data import images, text
+from cdl.data import images, pairs, text, vqa
 from cdl.errors import UserError, unknown
 
 __all__ = ["DATA", "Dataset", "build", "check_section", "data_arguments", "fingerprint"]
 
-# name: the defaults of a `data` section with this name.
-DATA: dict[str, Callable[[], dict[str, Any]]] = {"text": text.data_arguments, "images": images.data_arguments}
+
+class _Kind(NamedTuple):
+    """arguments: the defaults of a `data` section with this name. takes: what models that learn from it take
+    (`cdl.models.build.Model.data`)."""
+
+    arguments: Callable[[], dict[str, Any]]
+    takes: str
+
+
+DATA = {
+    "text": _Kind(text.data_arguments, "text"),
+    "pairs": _Kind(pairs.data_arguments, "text"),
+    "images": _Kind(images.data_arguments, "images"),
+    "vqa": _Kind(vqa.data_arguments, "vqa"),
+}
 
 
 class _Batches(Protocol):
@@ -34,7 +47,8 @@ class _Batches(Protocol):
 class Dataset(NamedTuple):
     """Data of one section.
 
-    unit: what is predicted, "tokens" or "images". per_batch: how many of these in a batch.
+    unit: what is predicted, "tokens" or "images". per_batch: how many of these in a batch; places of rows that are
+      padded count as tokens.
     batches: (seed, first, part, workers, on_replaced) -> the batches of updates first + 1, first + 2, ... without end;
       part (p, P) is of P equal parts of the rows of each, workers as in `cdl.data.images.iterate`. on_replaced is told
       how many images of a batch could not be decoded, if any.
@@ -55,7 +69,7 @@ def data_arguments(name: str) -> dict[str, Any]:
     """The arguments of one kind of data and their defaults."""
     if name not in DATA:
         raise unknown("kind of data", name, DATA)
-    return DATA[name]()
+    return DATA[name].arguments()
 
 
 def check_section(section: ConfigDict, model: Mapping[str, Any]) -> None:
@@ -64,10 +78,10 @@ def check_section(section: ConfigDict, model: Mapping[str, Any]) -> None:
     Raises:
       UserError: says what.
     """
-    if section.name != "text":
+    if section.name == "images":
         images.check_section(section)
         return
-    text.check_section(section)
+    {"text": text, "pairs": pairs, "vqa": vqa}[section.name].check_section(section)
     if section.seq_len > model["context"]:
         raise UserError(f"data.seq_len={section.seq_len} exceeds model.context={model['context']}; raise the latter")
 
@@ -78,6 +92,10 @@ def fingerprint(section: ConfigDict) -> str:
     Raises:
       UserError: nothing there that can be read.
     """
+    if section.name == "pairs":
+        return pairs.read_pairs(section).fingerprint
+    if section.name == "vqa":
+        return vqa.read_records(section).fingerprint
     return _read(section.name, section.path, section.heldout).fingerprint
 
 
@@ -87,13 +105,11 @@ def build(section: ConfigDict) -> Dataset:
     Raises:
       UserError: nothing there that can be read, or not enough for a batch.
     """
-    return _text(section) if section.name == "text" else _images(section)
+    return {"text": _text, "pairs": _pairs, "images": _images, "vqa": _vqa}[section.name](section)
 
 
 @functools.lru_cache(maxsize=4)
 def _read(name: str, path: str, heldout: float) -> text.Corpus | images.Images:
-    if name not in DATA:
-        raise unknown("kind of data", name, DATA)
     return text.read_corpus(path, heldout) if name == "text" else images.read_images(path, heldout)
 
 
@@ -116,12 +132,7 @@ def _text(section: ConfigDict) -> Dataset:
     def check(model: Mapping[str, Any]) -> None:
         text.batches(corpus, section, 0)
         text.heldout_batches(corpus, section, 1)
-        most = _largest_token(section.path, section.heldout)  # one beyond the vocabulary would read as NaN
-        if most >= model["vocab_size"]:
-            raise UserError(
-                f"model.vocab_size={model['vocab_size']} is too small for data.path={section.path!r}, which has token "
-                f"{most}; use at least {most + 1}"
-            )
+        _check_vocabulary(section, model, _largest_token(section.path, section.heldout))
 
     return Dataset(
         unit="tokens",
@@ -129,6 +140,59 @@ def _text(section: ConfigDict) -> Dataset:
         batches=batches,
         heldout=functools.partial(text.heldout_batches, corpus, section),
         prepare=lambda tokens_BxS1: tokens_BxS1.astype(jnp.int32),
+        check=check,
+    )
+
+
+def _check_vocabulary(section: ConfigDict, model: Mapping[str, Any], most: int) -> None:
+    """Raises where the largest token is none of the model's: it would read as NaN."""
+    if most >= model["vocab_size"]:
+        raise UserError(
+            f"model.vocab_size={model['vocab_size']} is too small for data.path={section.path!r}, which has token "
+            f"{most}; use at least {most + 1}"
+        )
+
+
+def _pairs(section: ConfigDict) -> Dataset:
+    read = pairs.read_pairs(section)
+
+    def batches(seed: int, first: int, *, part: tuple[int, int] = (0, 1), **_: Any) -> Iterator[Any]:
+        dataset = pairs.batches(read, section, seed, part)
+        return (dataset[k] for k in itertools.count(first))
+
+    def check(model: Mapping[str, Any]) -> None:
+        pairs.batches(read, section, 0)
+        pairs.heldout_batches(read, section, 1)
+        _check_vocabulary(section, model, max(int(c.token_N.max()) for c in (read.train, read.heldout)))
+
+    return Dataset(
+        unit="tokens",
+        per_batch=section.batch_size * section.seq_len,
+        batches=batches,
+        heldout=functools.partial(pairs.heldout_batches, read, section),
+        prepare=lambda batch: batch,
+        check=check,
+    )
+
+
+def _vqa(section: ConfigDict) -> Dataset:
+    records = vqa.read_records(section)
+
+    def batches(seed: int, first: int, *, part: tuple[int, int] = (0, 1), workers: int = 0, **_: Any) -> Iterator[Any]:
+        return images.iterate(vqa.batches(records, section, seed, part), first, workers)
+
+    def check(model: Mapping[str, Any]) -> None:
+        vqa.batches(records, section, 0)
+        vqa.heldout_batches(records, section, 1)
+        parts = (records.train, records.heldout)
+        _check_vocabulary(section, model, max(int(part.conversations.token_N.max()) for part in parts))
+
+    return Dataset(
+        unit="tokens",
+        per_batch=section.batch_size * section.seq_len,
+        batches=batches,
+        heldout=functools.partial(vqa.heldout_batches, records, section),
+        prepare=lambda batch: batch | dict(image=images.standardise(batch["image"], section.mean, section.std)),
         check=check,
     )
 

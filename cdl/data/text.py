@@ -34,6 +34,7 @@ __all__ = [
     "heldout_batches",
     "largest_token",
     "read_corpus",
+    "source_files",
 ]
 
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -78,7 +79,7 @@ def read_corpus(path: str, heldout: float) -> Corpus:
     check_share("data.heldout", heldout)
     if path == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return _split(_join(root, _source_files(root)), heldout)
+        return _split(_join(root, source_files(root)), heldout)
     where = Path(path).expanduser()
     if not path:
         raise UserError("data.path is empty; give 'stdlib', a text or .bin file, or a folder")
@@ -199,7 +200,8 @@ def _text_files(root: Path) -> Iterator[Path]:
         yield from (f for f in files if f.is_file())  # no pipes, no links to nothing
 
 
-def _source_files(root: Path) -> Iterator[Path]:
+def source_files(root: Path) -> Iterator[Path]:
+    """The modules of a standard library, without tests and what differs from machine to machine."""
     for folder, subfolders, names in os.walk(root, onerror=_unreadable):
         subfolders[:] = [d for d in subfolders if d not in _NOT_SOURCE]  # pruned: site-packages is large
         names = [n for n in names if n.endswith(".py") and not n.startswith(_OF_THIS_MACHINE)]

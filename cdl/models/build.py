@@ -1,7 +1,8 @@
 """From the `model` section of a config to two pure functions: initial parameters, and the loss of a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import optax
 from flax import nnx
 
 from cdl.compute import Compute
-from cdl.errors import unknown
+from cdl.errors import UserError, unknown
 from cdl.models import gpt2, resnet, vit
+from cdl.models.lora import LoRA, adapt
 from cdl.sharding import ShardingRule
 
 __all__ = ["MODELS", "Model", "Sums", "build", "model_arguments"]
@@ -36,14 +38,15 @@ class _Loss(Protocol):
 class Model(NamedTuple):
     """A model as pure functions, fit for jit, vmap and grad.
 
-    init: seed (whole number, may be traced) -> (parameters, statistics): trees of float32 arrays. Statistics are what
-      batch normalisation tracks; {} for models without it.
+    init: seed (whole number, may be traced) -> (parameters, statistics): trees of float32 arrays. Parameters are what
+      is trained. Statistics are what batch normalisation tracks; {} for models without it.
     loss: (parameters, statistics, batch, train) -> (`Sums`, statistics after it). A batch of text is tokens_BxS1 of S+1
       tokens each, or a dict of these as `tokens` and `weight_BxS` as `weight`, by which predictions count; a batch of
       images is a dict of `image` [B, H, W, C], float32, and `label` [B].
-    n_params: N, the number of parameters.
+    n_params: N, the number of parameters, frozen ones among them.
     rules: how parameters are split over devices, by path.
     data: name of the kind of data that it takes, "text" or "images".
+    frozen: shapes of the parameters that are not trained, None where all are. `loss` then takes them, too: see `over`.
     """
 
     init: _Init
@@ -51,6 +54,11 @@ class Model(NamedTuple):
     n_params: int
     rules: Sequence[ShardingRule]
     data: str
+    frozen: Any = None
+
+    def over(self, frozen: Any) -> "Model":
+        """The model on these frozen parameters, a tree of arrays like `frozen`; itself where nothing is frozen."""
+        return self if self.frozen is None else self._replace(loss=partial(cast(Any, self.loss), frozen=frozen))
 
 
 def _tokens_loss(model: Any, batch: Any, train: bool) -> Sums:
@@ -97,11 +105,11 @@ def model_arguments(name: str) -> dict[str, Any]:
     return MODELS[name].arguments()
 
 
-def build(section: Mapping[str, Any], compute: Compute = Compute()) -> Model:  # noqa: B008
-    """The model of a config section ``{name, **arguments}``.
+def build(section: Mapping[str, Any], compute: Compute = Compute(), lora: LoRA = LoRA()) -> Model:  # noqa: B008
+    """The model of a config section ``{name, **arguments}``; with a rank of `lora`, adapters are all that is trained.
 
     Raises:
-      UserError: an unknown name or argument, or sizes that do not fit together.
+      UserError: an unknown name or argument, sizes that do not fit together, or adapters that fit no layer.
     """
     arguments = dict(section)
     name = arguments.pop("name")
@@ -112,18 +120,29 @@ def build(section: Mapping[str, Any], compute: Compute = Compute()) -> Model:  #
     kind = MODELS[name]
 
     def make(seed: jax.Array | int) -> Any:
-        return kind.make(**known | arguments, compute=compute, rngs=nnx.Rngs(params=jax.random.key(seed)))
+        rngs = nnx.Rngs(params=jax.random.key(seed))
+        model = kind.make(**known | arguments, compute=compute, rngs=rngs)
+        if lora.rank:
+            adapt(model, lora, rngs)
+        return model
 
-    graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: make(0)), nnx.Param, nnx.BatchStat)
+    trained = nnx.LoRAParam if lora.rank else nnx.Param
+    graphdef, shapes, frozen, _ = nnx.split(nnx.eval_shape(lambda: make(0)), trained, nnx.Param, nnx.BatchStat)
+    if lora.rank and jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: make(0)), nnx.BatchStat)):
+        raise UserError(
+            f"lora.rank={lora.rank}: model.name={name!r} has batch statistics, which no adapter keeps; use 0"
+        )
 
     def init(seed: jax.Array | int) -> tuple[Any, Any]:
-        _, params, stats = nnx.split(make(seed), nnx.Param, nnx.BatchStat)
+        _, params, _, stats = nnx.split(make(seed), trained, nnx.Param, nnx.BatchStat)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
-    def loss(params: Any, stats: Any, batch: Any, train: bool = True) -> tuple[Sums, Any]:
+    def loss(params: Any, stats: Any, batch: Any, train: bool = True, frozen: Any = None) -> tuple[Sums, Any]:
         # Arrays of NumPy, as files give, would be written into where they are.
-        model = nnx.merge(graphdef, params, jax.tree.map(jnp.asarray, stats))
+        model = nnx.merge(graphdef, params, frozen or {}, jax.tree.map(jnp.asarray, stats))
         sums = kind.loss(model, batch, train)
         return sums, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    return Model(init, loss, sum(leaf.size for leaf in jax.tree.leaves(shapes)), kind.rules, kind.data)
+    n_params = sum(leaf.size for leaf in jax.tree.leaves((shapes, frozen)))
+    still = nnx.to_pure_dict(frozen) if lora.rank else None
+    return Model(init, loss, n_params, kind.rules, kind.data, still)

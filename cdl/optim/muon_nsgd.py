@@ -41,7 +41,7 @@ class Rule(NamedTuple):
 # The names that Flax gives its parameters. The first rule that matches decides.
 RULES = (
     Rule(r"(^|/)conv[^/]*/kernel$", 4),
-    Rule(r"(^|/)(kernel|embedding)$", 2),
+    Rule(r"(^|/)(kernel|embedding|lora_[ab])$", 2),
     Rule(r"(^|/)(bias|scale|cls)$", 1),
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cdl.config import HOW, PATHS, change, flatten, from_flat
+from cdl.config import HOW, NEUTRAL, PATHS, change, flatten, from_flat
 from cdl.errors import UserError
 
 __all__ = ["Point", "chain", "expand", "per_lane", "points_in", "product", "zipped"]
@@ -30,14 +30,16 @@ class Point:
 
     def __init__(self, flat: Mapping[str, Any], fingerprint: str, init: str = ""):
         # Through JSON, so that a point just made and one read back are the same thing.
-        self.flat: dict[str, Any] = json.loads(json.dumps(dict(flat), sort_keys=True))
+        self.flat: dict[str, Any] = json.loads(json.dumps(NEUTRAL | dict(flat), sort_keys=True))
         self.fingerprints = {"data.fingerprint": fingerprint, "init.fingerprint": init}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The flat config without what says how to compute it, and with fingerprints for the paths of files."""
+        """The flat config without what says how to compute it, or changes nothing; with fingerprints for paths."""
         kept = {k: v for k, v in self.flat.items() if k not in PATHS and k.split(".")[0] not in HOW}
-        return kept | self.fingerprints
+        adapts = self.flat["lora.rank"] > 0
+        still = {k for k, v in NEUTRAL.items() if (not adapts if k.startswith("lora.") else kept[k] == v)}
+        return {k: v for k, v in kept.items() if k not in still} | self.fingerprints
 
     @cached_property
     def id(self) -> str:
@@ -48,7 +50,8 @@ class Point:
     def program(self) -> str:
         """Points with equal `program` run in one compiled program."""
         how = {k: v for k, v in self.flat.items() if k.split(".")[0] in HOW}
-        return _hash({k: v for k, v in (self.identity | how).items() if not per_lane(k)})
+        shared = {"init.fingerprint"} if self.flat["lora.rank"] else set()  # the weights that all lanes adapt
+        return _hash({k: v for k, v in (self.identity | how).items() if k in shared or not per_lane(k)})
 
     @cached_property
     def config(self) -> ConfigDict:

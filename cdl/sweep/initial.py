@@ -16,6 +16,8 @@ from cdl.train.checkpoint import read_weights
 
 __all__ = ["fingerprint", "load"]
 
+_NAMED = 5  # tensors that an error lists
+
 Section = tuple[tuple[str, Any], ...]
 
 
@@ -25,7 +27,8 @@ def load(c: ConfigDict) -> tuple[Any, Any]:
     Raises:
       UserError: nothing there that can be read, or the weights of another model.
     """
-    return _load(c.init, _hashable(c.model), c.seed)
+    # Runs of one program share what they adapt, whatever their seeds.
+    return _load(c.init, _hashable(c.model), 0 if c.lora.rank else c.seed)
 
 
 def fingerprint(c: ConfigDict) -> str:
@@ -49,12 +52,13 @@ def _load(path: str, model: Section, seed: int) -> tuple[Any, Any]:
         return pretrained.load(dict(model), where, seed)
     weights = read_weights(where)
     theirs, ours = (_shapes(x) for x in (weights, jax.eval_shape(build(dict(model)).init, 0)))
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"init={path!r} has weights of another model: {name} is {theirs.get(name, 'absent')} there and "
-                f"{ours.get(name, 'absent')} here; set the sizes of the model to its"
-            )
+    other = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if other:
+        said = [f"{x} is {theirs.get(x, 'absent')} there and {ours.get(x, 'absent')} here" for x in other[:_NAMED]]
+        more = f" and {len(other) - _NAMED} more" if len(other) > _NAMED else ""
+        raise UserError(
+            f"init={path!r} has weights of another model: {', '.join(said)}{more}; set the sizes of the model to its"
+        )
     return weights
 
 

@@ -13,6 +13,7 @@ from cdl.compute import Compute
 from cdl.data import build as data
 from cdl.errors import UserError
 from cdl.models import build as models
+from cdl.models.lora import LoRA
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
 from cdl.sweep import initial
@@ -106,6 +107,7 @@ def program_for(point: Point, where: Layout) -> Program:
         block=min(_MOST_BLOCK, max(1, _BLOCK_BYTES // bytes_of_batch)) if jax.process_count() == 1 else 1,
         prepare=dataset.prepare,
         microbatches=c.compute.microbatches,
+        frozen=initial.load(c)[0] if c.lora.rank else None,
     )
 
 
@@ -113,7 +115,9 @@ def step_cost(c: ConfigDict, where: Layout) -> StepCost:
     """What a step of a run takes, on its share of the devices."""
     dataset = data.build(c.data)
     batch = jax.eval_shape(dataset.prepare, jax.tree.map(lambda x: x[0], dataset.heldout(1)))
-    model = models.build(c.model.to_dict(), Compute(attention="xla"))  # fused attention hides what it computes
+    model = models.build(
+        c.model.to_dict(), Compute(attention="xla"), LoRA(**c.lora)
+    )  # a fused one hides what it computes
     peak = peak_flops(where.mesh.devices.flat[0].device_kind, c.model.dtype)
     devices = where.mesh.size / where.lanes
     return StepCost(dataset.unit, dataset.per_batch, step_flops(model, batch), peak and peak * devices)
@@ -135,9 +139,12 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
             f"checkpoint.seconds={how.seconds}, checkpoint.steps={how.steps}, checkpoint.keep={how.keep}: must be "
             f"positive, at least 0 and at least 1"
         )
-    model = models.build(c.model.to_dict(), Compute(**c.compute.to_dict()))
-    if model.data != c.data.name:
-        raise UserError(f"model.name={c.model.name!r} takes data.name={model.data!r} and not {c.data.name!r}")
+    if c.lora.rank and not c.init:
+        raise UserError(f"lora.rank={c.lora.rank} adapts weights that are there; say which by init=")
+    model = models.build(c.model.to_dict(), Compute(**c.compute), LoRA(**c.lora))
+    if model.data != data.DATA[c.data.name].takes:
+        fit = " or ".join(repr(name) for name, kind in data.DATA.items() if kind.takes == model.data)
+        raise UserError(f"model.name={c.model.name!r} takes data.name={fit} and not {c.data.name!r}")
     data.check_section(c.data, c.model.to_dict())
     if c.init and not Path(c.init).expanduser().exists():
         raise UserError(f"init={c.init!r} does not exist; give safetensors, or the checkpoints of a run")

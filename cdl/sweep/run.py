@@ -433,7 +433,7 @@ def _run_of(point: Point, program: Program, replaced: _Replaced) -> Run:
         workers=c.compute.workers,
         on_replaced=functools.partial(replaced.add, point),
     )
-    weights = functools.partial(initial.load, c) if c.init else None
+    weights = functools.partial(initial.load, c) if c.init and not c.lora.rank else None  # then the program has them
     return Run(point.id, c.seed, eta_of(c), eval_steps(c), batches, weights)
 
 

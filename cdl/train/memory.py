@@ -32,10 +32,10 @@ def activation_bytes(model: Model, batch: Any) -> int:
       batch: as `Model.loss` takes it, arrays or `jax.ShapeDtypeStruct`s: one device's rows of one microbatch, say.
     """
 
-    def backward(params: Any, stats: Any, batch: Any) -> Any:
-        return jax.vjp(lambda params: model.loss(params, stats, batch)[0].loss, params)[1]
+    def backward(params: Any, stats: Any, batch: Any, frozen: Any) -> Any:
+        return jax.vjp(lambda params: model.over(frozen).loss(params, stats, batch)[0].loss, params)[1]
 
-    made = jax.make_jaxpr(backward)(*jax.eval_shape(model.init, 0), batch).jaxpr
+    made = jax.make_jaxpr(backward)(*jax.eval_shape(model.init, 0), batch, model.frozen).jaxpr
     kept = {v for v in made.outvars if isinstance(v, Var)} - set(made.invars)  # parameters are there in any case
     return sum(v.aval.size * v.aval.dtype.itemsize for v in kept if isinstance(v.aval, jax.core.ShapedArray))
 
@@ -55,11 +55,15 @@ def step_bytes(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     state: Any = jax.eval_shape(partial(init_state, model, optimizer), 0)
-    state = jax.tree.map(on, state, partition_specs(state, model.rules, mesh.shape))
+    state, frozen = (jax.tree.map(on, x, partition_specs(x, model.rules, mesh.shape)) for x in (state, model.frozen))
     batch = jax.tree.map(lambda x: on(x, PartitionSpec(BATCH)), batch)
-    step = jax.jit(partial(train_step, model, optimizer, microbatches=microbatches), donate_argnums=0)
+
+    def step(state: Any, batch: Any, eta: jax.Array, frozen: Any) -> Any:
+        return train_step(model.over(frozen), optimizer, state, batch, eta, microbatches)
+
     with jax.set_mesh(mesh):
-        compiled = step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch, rate, frozen).compile()
     said = compiled.memory_analysis()
     assert said is not None
     return StepBytes(said.argument_size_in_bytes, said.temp_size_in_bytes)

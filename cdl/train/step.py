@@ -103,8 +103,9 @@ def _split(batch: Any, parts: int) -> Any:
 
 
 def state_bytes(model: Model, optimizer: optax.GradientTransformation, mesh: Any) -> int:
-    """Bytes of one run's parameters, statistics and optimizer state on each device that it is spread over."""
-    one = _abstract(model, optimizer)
+    """Bytes of one run's parameters, statistics and optimizer state on each device that it is spread over; of frozen
+    parameters, too, which runs share."""
+    one = _abstract(model, optimizer), model.frozen
     specs = partition_specs(one, model.rules, mesh.shape)
 
     def on_one(leaf: Any, spec: PartitionSpec) -> int:
@@ -132,6 +133,7 @@ class Program:
       block: K, the most steps that one call of `train` can take.
       prepare: from a batch as it is read to one as `Model.loss` takes it, on the devices.
       microbatches: parts that a batch is computed in.
+      frozen: what `Model.frozen` has shapes of, a tree of NumPy arrays, whole on every process; all lanes share it.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Program:
         block: int,
         prepare: Callable[[Any], Any],
         microbatches: int = 1,
+        frozen: Any = None,
     ):
         rows = mesh.shape["run"]
         if lanes % rows:
@@ -158,6 +161,8 @@ class Program:
         self._by_run = NamedSharding(mesh, run)
         self._batch = NamedSharding(mesh, PartitionSpec("run", None, BATCH))
         self._heldout = jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec(None, BATCH))), heldout_ExB)
+        still = partition_specs(frozen, model.rules, mesh.shape)
+        self._frozen = jax.tree.map(lambda x, spec: _put(x, NamedSharding(mesh, spec)), frozen, still)
         one = _abstract(model, optimizer)
         specs = partition_specs(one, model.rules, mesh.shape)
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec("run", *spec)), specs)
@@ -170,12 +175,10 @@ class Program:
 
         new = over_lanes(lambda seed: placed(init_state(model, optimizer, seed)))
 
-        def one_step(state: TrainState, batch: Any, eta: jax.Array) -> tuple[TrainState, StepMetrics]:
+        def one_step(model: Model, state: TrainState, batch: Any, eta: jax.Array) -> tuple[TrainState, StepMetrics]:
             batch = prepare(jax.tree.map(lambda x: constrain(x, BATCH), batch))
             state, metrics = train_step(model, optimizer, state, batch, eta, microbatches)
             return placed(state), metrics
-
-        step = over_lanes(one_step)
 
         def fill(state: TrainState, seed_R: jax.Array, fresh_R: jax.Array) -> TrainState:
             def refill() -> TrainState:
@@ -187,8 +190,10 @@ class Program:
             return jax.lax.cond(fresh_R.any(), refill, lambda: state)
 
         def train(
-            state: TrainState, batch_RxK: Any, eta_RxK: jax.Array, steps_1: jax.Array
+            state: TrainState, batch_RxK: Any, eta_RxK: jax.Array, steps_1: jax.Array, frozen: Any
         ) -> tuple[TrainState, StepMetrics]:
+            step = over_lanes(partial(one_step, model.over(frozen)))
+
             def body(k: jax.Array, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
                 state, metrics_RxK = carry
                 batch_R = jax.tree.map(lambda x: x[:, k], batch_RxK)
@@ -198,10 +203,10 @@ class Program:
             none = jnp.full_like(eta_RxK, jnp.nan)
             return jax.lax.fori_loop(0, steps_1[0], body, (state, StepMetrics(none, none)))
 
-        def evaluate(params_R: Any, stats_R: Any, wanted_R: jax.Array, heldout_ExB: Any) -> Evaluation:
+        def evaluate(params_R: Any, stats_R: Any, wanted_R: jax.Array, heldout_ExB: Any, frozen: Any) -> Evaluation:
             def means(params: Any, stats: Any) -> Evaluation:
                 def sums(batch: Any) -> Sums:
-                    return model.loss(params, stats, prepare(batch), train=False)[0]
+                    return model.over(frozen).loss(params, stats, prepare(batch), train=False)[0]
 
                 def sums_in_parts(batch: Any) -> Sums:
                     return jax.tree.map(jnp.sum, jax.lax.map(sums, _split(batch, microbatches)))
@@ -215,9 +220,14 @@ class Program:
             return jax.lax.cond(wanted_R.any(), lambda: over_lanes(means)(params_R, stats_R), none)
 
         self._fill = jax.jit(on_mesh(fill, in_specs=run), donate_argnums=0, out_shardings=shardings)
-        self._train = jax.jit(on_mesh(train, in_specs=run), donate_argnums=0, out_shardings=(shardings, self._by_run))
+        shared = PartitionSpec()
+        self._train = jax.jit(
+            on_mesh(train, in_specs=(run, run, run, run, shared)),
+            donate_argnums=0,
+            out_shardings=(shardings, self._by_run),
+        )
         self._evaluate = jax.jit(
-            on_mesh(evaluate, in_specs=(run, run, run, PartitionSpec())), out_shardings=self._by_run
+            on_mesh(evaluate, in_specs=(run, run, run, shared, shared)), out_shardings=self._by_run
         )
         self._state: TrainState = jax.jit(
             lambda: jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), one), out_shardings=shardings
@@ -252,13 +262,15 @@ class Program:
             jax.tree.map(self._put_batch, batch_RxK),
             _put(eta_RxK.astype(np.float32), self._by_run),
             _put(np.asarray(steps, np.int32), self._by_run),
+            self._frozen,
         )
         return metrics_RxK
 
     def evaluate(self, wanted: Sequence[int]) -> Evaluation:
         """Held-out means, [R], of the lanes named, without waiting; other lanes' numbers mean nothing."""
         wanted_R = np.isin(np.arange(self.lanes), wanted)
-        return self._evaluate(self._state.params, self._state.stats, _put(wanted_R, self._by_run), self._heldout)
+        asked = _put(wanted_R, self._by_run)
+        return self._evaluate(self._state.params, self._state.stats, asked, self._heldout, self._frozen)
 
     def agree(self, wishes: np.ndarray) -> Any:
         """For each wish, a bool, whether any process has it; without waiting, in step with the calls of `train`."""

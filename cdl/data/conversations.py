@@ -1,0 +1,142 @@
+"""Records of prompts and answers as rows of tokens, with the loss on the answers alone.
+
+A record is a list of turns, (prompt, answer). Its row is, for each turn, the tokens of the prompt, the vocabulary's end
+token, the tokens of the answer, and the end token again; answers and the ends after them are what is learned. Rows are
+padded on the right, where nothing is learned. Records that are longer than a row are left out.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from cdl.data.vocabulary import Vocabulary
+from cdl.errors import UserError, check_share, say
+
+__all__ = ["Conversations", "Rows", "Turns", "check_section", "fingerprint", "fitting", "holds_out", "tokenize"]
+
+Turns = Sequence[tuple[str, str]]
+
+
+class Conversations(NamedTuple):
+    """The tokens of all records, one after the other.
+
+    token_N: uint16 or uint32. learned_N: bool, is it one that the loss is of? start_P1: int64; record p has
+    ``token_N[start_P1[p]:start_P1[p + 1]]``. end: the token between prompt and answer.
+    """
+
+    token_N: np.ndarray
+    learned_N: np.ndarray
+    start_P1: np.ndarray
+    end: int
+
+    def __len__(self) -> int:
+        return len(self.start_P1) - 1
+
+
+def check_section(section: ConfigDict) -> None:
+    """What can be wrong with the fields that `data` sections of records share.
+
+    Raises:
+      UserError: sizes that are not positive, or a share that is none.
+    """
+    for name in ("batch_size", "seq_len"):
+        if section[name] < 1:
+            raise UserError(f"data.{name}={section[name]} must be at least 1")
+    check_share("data.heldout", section.heldout)
+
+
+def tokenize(records: Iterable[Turns], vocabulary: Vocabulary) -> Conversations:
+    """The records as tokens.
+
+    Raises:
+      UserError: text that the vocabulary cannot encode.
+    """
+    end = np.array([vocabulary.end])
+    parts: list[np.ndarray] = []
+    learned: list[np.ndarray] = []
+    start = [0]
+    for turns in records:
+        size = 0
+        for prompt, answer in turns:
+            asked, said = (vocabulary.encode(text.encode()) for text in (prompt, answer))
+            parts += [asked, end, said, end]
+            learned += [np.zeros(len(asked) + 1, bool), np.ones(len(said) + 1, bool)]
+            size += len(asked) + len(said) + 2
+        start.append(start[-1] + size)
+    dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
+    token_N = np.concatenate([np.zeros(0, np.int64), *parts]).astype(dtype)
+    learned_N = np.concatenate([np.zeros(0, bool), *learned])
+    return Conversations(token_N, learned_N, np.array(start, np.int64), vocabulary.end)
+
+
+def fitting(conversations: Conversations, section: ConfigDict, what: str, before_P: np.ndarray | int = 0) -> np.ndarray:
+    """The indices of the records that fit into a row of S + 1 tokens, after so many others (`before_P`).
+
+    Raises:
+      UserError: fewer than a batch has.
+    """
+    size_P = np.diff(conversations.start_P1) + before_P
+    index = np.flatnonzero(size_P <= section.seq_len + 1)
+    if len(index) < section.batch_size:
+        longest = f"; the longest has {size_P.max()} tokens" if len(size_P) else ""
+        raise UserError(
+            f"data.path={section.path!r} has {len(index)} records for {what} that fit into data.seq_len="
+            f"{section.seq_len}, and a batch has {section.batch_size}{longest}; use more records, a smaller "
+            f"data.batch_size or a larger data.seq_len"
+        )
+    if len(index) < len(size_P):
+        _say_once(
+            f"{len(size_P) - len(index)} of {len(size_P)} records of data.path={section.path!r} for {what} are longer "
+            f"than data.seq_len={section.seq_len} and left out"
+        )
+    return index
+
+
+_say_once = functools.cache(say)  # batches are made anew for every run
+
+
+class Rows(grain.sources.RandomAccessDataSource):
+    """Item i is record ``index[i]`` as dict(tokens=int32 [S + 1], weight=float32 [S]), 1 where the loss is of it.
+
+    Args:
+      before_P: end tokens in front of each record, where something else is to stand.
+    """
+
+    def __init__(self, conversations: Conversations, index: np.ndarray, S: int, before_P: np.ndarray | None = None):
+        self._conversations, self._index, self._S, self._before_P = conversations, index, S, before_P
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+        c, p = self._conversations, self._index[index]
+        first = 0 if self._before_P is None else self._before_P[p]
+        start, end = c.start_P1[p : p + 2]
+        tokens = np.full(self._S + 1, c.end, np.int32)
+        learned = np.zeros(self._S + 1, bool)
+        tokens[first : first + end - start] = c.token_N[start:end]
+        learned[first : first + end - start] = c.learned_N[start:end]
+        return dict(tokens=tokens, weight=learned[1:].astype(np.float32))
+
+    def __repr__(self) -> str:
+        return f"Rows(n={len(self)}, S={self._S})"
+
+
+def holds_out(text: str, share: float) -> bool:
+    """Is a record with this prompt held out? By a hash of it, so no prompt is learned from and evaluated on."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < share * 2**64
+
+
+def fingerprint(*conversations: Conversations) -> str:
+    """A hash of the tokens, of where records begin, and of what is learned."""
+    h = hashlib.sha256()
+    for c in conversations:
+        for array in (c.token_N, c.learned_N, c.start_P1):
+            h.update(f"{array.dtype}{array.shape}".encode())
+            h.update(np.ascontiguousarray(array).data)
+    return h.hexdigest()[:16]

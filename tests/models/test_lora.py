@@ -1,0 +1,233 @@
+"""Adapters against `peft` on the same weights; what is trained, saved and merged."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from cdl.cli import main
+from cdl.config import base, change, section
+from cdl.errors import UserError
+from cdl.models.build import Model, build
+from cdl.models.gpt2 import arguments
+from cdl.models.lora import LoRA, merge
+from cdl.models.pretrained import save, to_hugging_face
+from cdl.optim import build as optimizers
+from cdl.sharding import AXES, make_mesh
+from cdl.sweep.programs import points_of
+from cdl.sweep.store import Store
+from cdl.train.checkpoint import read_weights
+from cdl.train.flops import step_flops
+from cdl.train.loop import Run, train
+from cdl.train.step import Program
+from tests.models.programs import compiled
+
+from ..conftest import TINY
+
+GPT2 = dict(name="gpt2", vocab_size=61, context=24, n_layer=3, n_head=4, d_model=32)
+THREE_K = dict(name="gpt2") | arguments("3k", context=16)
+LORA = LoRA(rank=3, alpha=12.0, targets="attention/qkv$|mlp/down$")
+TOKENS = np.random.default_rng(0).integers(0, 61, (4, 25))
+
+
+def away_from_zero(tree: Any, seed: int) -> Any:
+    """B starts at 0, where nothing could be seen of A."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(structure, [np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32) for x in leaves])
+
+
+def weights(section: dict[str, Any]) -> Any:
+    return away_from_zero(compiled(build(section).init)(0)[0], 1)
+
+
+def mean_loss(model: Model, params: Any, batch: Any = TOKENS) -> jax.Array:
+    sums, _ = model.loss(params, {}, batch)
+    return sums.loss / sums.count
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's and transformers' own making
+def test_loss_and_gradients_are_those_of_peft(tmp_path: Path) -> None:
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    frozen = weights(GPT2)
+    model = build(GPT2, lora=LORA).over(frozen)
+    adapters = away_from_zero(compiled(model.init)(2)[0], 3)
+    loss, grads = compiled(jax.value_and_grad(lambda params: mean_loss(model, params)))(adapters)
+
+    save(GPT2, frozen, {}, tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)
+    theirs = peft.get_peft_model(theirs, config).eval()
+    named = dict(theirs.named_parameters())
+    layers = {"attention/qkv": "attn.c_attn", "mlp/down": "mlp.c_proj"}
+
+    def ordered(name: str, b_LxRxN: np.ndarray) -> np.ndarray:
+        """Columns of ours are (head, q k v, K), of theirs (q k v, head, K)."""
+        if name != "attention/qkv":
+            return b_LxRxN
+        return b_LxRxN.reshape(3, LORA.rank, 4, 3, -1).swapaxes(2, 3).reshape(b_LxRxN.shape)
+
+    def pairs(tree: Any) -> dict[str, np.ndarray]:
+        """Our arrays by their names, laid out as theirs."""
+        flat = {"/".join(path): np.asarray(x) for path, x in flatten_dict(tree["blocks"]["layers"]).items()}
+        made = {}
+        for ours, name in layers.items():
+            a, b = flat[f"{ours}/lora_a"], ordered(ours, flat[f"{ours}/lora_b"])
+            for i in range(3):
+                at = f"base_model.model.transformer.h.{i}.{name}"
+                made[f"{at}.lora_A.default.weight"], made[f"{at}.lora_B.default.weight"] = a[i].T, b[i].T
+        return made
+
+    assert pairs(adapters).keys() == {name for name, p in named.items() if p.requires_grad}
+    with torch.no_grad():
+        for name, array in pairs(adapters).items():
+            named[name].copy_(torch.tensor(array))
+    tokens = torch.tensor(TOKENS)
+    logits = theirs(tokens[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 61), tokens[:, 1:].reshape(-1))
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    for name, array in pairs(grads).items():
+        np.testing.assert_allclose(array, named[name].grad.numpy(), rtol=1e-4, atol=1e-5 * abs(array).max())
+
+
+def test_starts_at_the_model_that_it_adapts_and_merges_into_one_that_computes_the_same() -> None:
+    frozen, plain, adapted = weights(GPT2), build(GPT2), build(GPT2, lora=LORA)
+    model = adapted.over(frozen)
+    fresh = compiled(adapted.init)(2)[0]
+    loss = compiled(lambda params: mean_loss(model, params))
+    reference = compiled(lambda params: mean_loss(plain, params))
+    np.testing.assert_allclose(loss(fresh), reference(frozen), rtol=1e-6)
+    trained = away_from_zero(fresh, 4)
+    assert abs(loss(trained) - loss(fresh)) > 0.001
+    np.testing.assert_allclose(loss(trained), reference(merge(frozen, trained, LORA)), rtol=1e-5)
+
+
+def test_adapters_are_all_that_is_trained_and_drawn_as_in_peft() -> None:
+    plain, adapted = build(GPT2), build(GPT2, lora=LORA)
+    params, _ = compiled(adapted.init)(0)
+    n_in, n_out, layers = 32, 96, 3
+    assert sum(x.size for x in jax.tree.leaves(params)) == layers * 3 * ((n_in + n_out) + (128 + 32))
+    assert adapted.n_params == plain.n_params + sum(x.size for x in jax.tree.leaves(params))
+    a = np.concatenate([x.ravel() for path, x in flatten_dict(params).items() if path[-2:] == ("qkv", "lora_a")])
+    assert abs(a).max() <= 32**-0.5
+    assert abs(a.std() * (3 * 32) ** 0.5 - 1) < 0.1
+    assert jax.tree.structure(adapted.frozen) == jax.tree.structure(weights(GPT2))
+    # Of three products of an update, that for the gradient of weights is not made.
+    batch = jax.ShapeDtypeStruct(TOKENS.shape, jnp.int32)
+    assert 2 / 3 < step_flops(adapted, batch) / step_flops(plain, batch) < 0.75
+
+
+def test_a_layer_alone_can_be_named() -> None:
+    model = build(
+        dict(name="vit", image_size=8, patch=4, classes=3, n_layer=1, n_head=1, d_model=8), lora=LoRA(2, 4.0, "^head$")
+    )
+    assert {path[0] for path in flatten_dict(compiled(model.init)(0)[0])} == {"head"}
+
+
+@pytest.mark.parametrize(
+    ("section", "lora", "said"),
+    [
+        (GPT2, LoRA(2, 8.0, "attn"), "'attn' matches no linear layer; there are blocks/layers/attention/out, blocks"),
+        (GPT2, LoRA(2, 8.0, "(qkv"), "no regular expression"),
+        (GPT2, LoRA(-1, 8.0), "lora.rank=-1 and lora.alpha=8.0 must be positive"),
+        (GPT2, LoRA(2, 0.0), "must be positive"),
+        (dict(name="resnet", depth=18, width=4, classes=3), LoRA(2, 8.0, "head"), "batch statistics"),
+    ],
+)
+def test_errors(section: dict[str, Any], lora: LoRA, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(section, lora=lora)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights for the model of `TINY`."""
+    folder = tmp_path_factory.mktemp("weights")
+    save(THREE_K, weights(THREE_K), {}, folder)
+    return folder
+
+
+def test_a_run_keeps_its_adapters_alone_and_merges_them(start: Path, tmp_path: Path) -> None:
+    lora = ["lora.rank=2", "lora.targets=attention/", f"init={start}", "optimizer.name=adamw", "T=20", "eta_ref=0.5"]
+    assert main(["train", f"--config={TINY}", f"--out={tmp_path / 'out'}", *lora]) == 0
+    (id,) = Store(tmp_path / "out").ids()
+    adapters, stats = read_weights(tmp_path / "out" / "checkpoints" / id)
+    assert stats == {}
+    assert {path[-1] for path in flatten_dict(adapters)} == {"lora_a", "lora_b"}
+    before = to_hugging_face(THREE_K, weights(THREE_K), {})
+    assert main(["export", str(tmp_path / "out"), id[:6], f"--out={tmp_path / 'merged'}"]) == 0
+    after = to_hugging_face(THREE_K, *_loaded(tmp_path / "merged"))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"}
+    # What was merged evaluates as the run did.
+    evaluated = ["train", f"--config={TINY}", f"init={tmp_path / 'merged'}", "T=1", "eta_ref=1e-12"]
+    assert main([*evaluated, f"--out={tmp_path / 'again'}"]) == 0
+    (again,) = Store(tmp_path / "again").table()["loss"]
+    (loss,) = Store(tmp_path / "out").table()["loss"]
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+
+
+def _loaded(folder: Path) -> Any:
+    from cdl.models.pretrained import load
+
+    return load(THREE_K, folder)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 1), (1, 2, 2, 2)])
+def test_runs_share_what_is_frozen_on_any_mesh(sizes: tuple[int, ...]) -> None:
+    frozen, model, optimizer = weights(GPT2), build(GPT2, lora=LORA), optimizers.build(dict(name="sgd"))
+    lanes = 2 if sizes[0] == 2 else 1
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices())
+    batches = [np.random.default_rng(k).integers(0, 61, (4, 17)).astype(np.int32) for k in range(6)]
+    program = Program(
+        model, optimizer, np.stack(batches[:1]), lanes=lanes, mesh=mesh, block=2, prepare=lambda x: x, frozen=frozen
+    )
+    runs = [Run(str(s), s, np.full(5, 0.02 + 0.03 * s), (5,), lambda first: iter(batches[first:])) for s in range(2)]
+    outcomes = {o.run.id: o for o in train(program, runs)}
+    step = compiled(jax.value_and_grad(lambda params, batch: mean_loss(model.over(frozen), params, batch)))
+    for run in runs:
+        params, _ = compiled(model.init)(run.seed)
+        losses = []
+        for k in range(5):
+            loss, grads = step(params, batches[k])
+            losses.append(float(loss))
+            params = jax.tree.map(lambda p, g, run=run: p - run.eta_T[0] * g, params, grads)
+        np.testing.assert_allclose(outcomes[run.id].curve["train_loss"][:-1], losses, rtol=1e-5)
+
+
+def test_points(start: Path) -> None:
+    def point(**changes: Any) -> Any:
+        changes = {"model": None} | {k.replace("__", "."): v for k, v in changes.items()}
+        c = base()
+        c.model = section("model", **THREE_K)
+        c.data.seq_len = 16
+        return points_of(change(c, {k: v for k, v in changes.items() if v is not None}), [{}])[0]
+
+    # Nothing is adapted at rank 0, whatever is said of it; and runs of before there were adapters keep their ids.
+    assert point().id == point(lora__alpha=3.0, lora__targets="mlp").id
+    assert not [name for name in point().identity if name.startswith("lora.") or name == "optimizer.rates"]
+    adapted = point(lora__rank=2, init=str(start))
+    assert adapted.id != point(init=str(start)).id
+    assert adapted.id != point(lora__rank=2, lora__alpha=3.0, init=str(start)).id
+    assert adapted.program == point(lora__rank=2, init=str(start), seed=3, eta_ref=2.0).program
+    with pytest.raises(UserError, match="say which by init="):
+        point(lora__rank=2)
+
+
+def test_lanes_of_one_program_adapt_the_same_weights(start: Path, tmp_path: Path) -> None:
+    save(THREE_K, jax.tree.map(lambda x: 0.5 * x, weights(THREE_K)), {}, tmp_path)
+    c = base()
+    c.model = section("model", **THREE_K)
+    c.data.seq_len = 16
+    whole, adapted = (
+        points_of(change(c, {"lora.rank": rank}), [{"init": str(start)}, {"init": str(tmp_path)}]) for rank in (0, 2)
+    )
+    assert whole[0].program == whole[1].program
+    assert adapted[0].program != adapted[1].program
