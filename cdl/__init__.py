@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cdl.cli_sweep import run_sweep
     from cdl.errors import UserError
     from cdl.laws.curve import fit_curve
     from cdl.laws.horizon import fit_horizon
@@ -35,6 +36,7 @@ __all__ = [
     "optax_schedule",
     "plan",
     "read_runs",
+    "run_sweep",
     "schedule",
     "sweep_table",
     "write_report",
@@ -54,6 +56,7 @@ _HOME = {
     "optax_schedule": "cdl.schedules",
     "plan": "cdl.planning",
     "read_runs": "cdl.laws.records",
+    "run_sweep": "cdl.cli_sweep",
     "schedule": "cdl.schedules",
     "sweep_table": "cdl.sweep.store",
     "write_report": "cdl.report",

@@ -15,21 +15,31 @@ from typing import Any, NoReturn
 
 from cdl.errors import Terminated, UserError, at_failure
 
-__all__ = ["main"]
+__all__ = ["main", "parse", "run"]
 
 LAWS = ("convex", "paper", "multipower", "annealing", "functional")  # cdl.laws.curve.LAWS, which would load jax
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
+    return run(parse(sys.argv[1:] if argv is None else argv))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """What a command line says. Leaves with exit code 2 where it says nothing that can be done."""
     parser = _parser()
     # Changes and ids may stand between options too, which argparse alone does not allow after it has seen some.
-    arguments, rest = parser.parse_known_args(_with_values(sys.argv[1:] if argv is None else argv))
+    arguments, rest = parser.parse_known_args(_with_values(argv))
     many = getattr(arguments, "changes", getattr(arguments, "ids", None))
     if rest and (many is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if many is not None:
         many += rest
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a verb, `arguments.run`; what goes wrong is said. Returns the exit code."""
     code = _run(arguments)
     if code:
         for leave in at_failure:
@@ -38,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Run a verb; what goes wrong is said. Returns the exit code."""
     try:
         arguments.run(arguments)
         sys.stdout.flush()

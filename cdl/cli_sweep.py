@@ -7,11 +7,13 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import pandas as pd
+from ml_collections import ConfigDict
 
 from cdl import config as configs
 from cdl.cli_output import show_report
@@ -34,9 +36,12 @@ from cdl.train.distributed import in_every_process, in_first_process
 from cdl.train.loop import Stopped
 from cdl.wording import duration
 
-__all__ = ["sweep", "trainer", "worker"]
+__all__ = ["run_sweep", "sweep", "trainer", "worker"]
 
 _SHOWN = 100  # rows of a grid
+# `cdl sweep` without options
+_ALONE: dict[str, Any] = dict(backend="local", workers=None, lanes=None, tensorboard=False, wandb=None, profile=None)
+_ALONE |= dict(distributed=False, coordinator=None, processes=None, process=None)
 
 Trainer = Callable[[Path, Sequence[Point], int | None], object]  # of points, into a folder, in so many lanes
 
@@ -62,6 +67,40 @@ def sweep(arguments: argparse.Namespace) -> None:
         failed = _conclude(arguments, store, points, train) or failed
     if failed:
         raise UserError(failed)
+
+
+def run_sweep(
+    config: ConfigDict,
+    grid: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+    arguments: argparse.Namespace | None = None,
+    *,
+    keep: bool = False,
+) -> pd.DataFrame:
+    """Train the points of a grid that a folder lacks, as `cdl sweep` does.
+
+    Args:
+      config: of one run.
+      grid: changes of it, one mapping a point; see `cdl.sweep.grid`.
+      folder: where results go; call again to go on.
+      arguments: of `cdl sweep`, for workers; in this process if None.
+      keep: keep the weights that runs end with, and the newest `checkpoint.keep` before them.
+
+    Returns:
+      The results, a row for each point in the order of the grid, with the columns of `cdl.sweep_table`.
+
+    Raises:
+      UserError: bad values in a config; runs that failed.
+    """
+    arguments = argparse.Namespace(**(_ALONE | (vars(arguments) if arguments else {}) | dict(keep=keep)))
+    store, train = Store(folder), trainer(arguments)
+    points = points_of(config, grid)
+    store.retry(points)
+    train(store.root, points, arguments.lanes)
+    if failed := _tell_failed(store, points):
+        raise UserError(failed)
+    table = store.table()
+    return table.set_index("id", drop=False).loc[[p.id for p in points]].reset_index(drop=True)
 
 
 def _tell_failed(store: Store, points: Sequence[Point]) -> str:

@@ -1,0 +1,30 @@
+"""Figure 5: GPT-2 on text with Muon-NSGD under four schedules, losses predicted by (3.1).
+
+    python experiments/fig05_gpt2_muon.py [--scale=laptop|gpu|paper]
+
+`laptop`: 120 thousand parameters, 2,000 updates, the source of Python's standard library. `gpu`: 29 million. `paper`:
+124M on OpenWebText (Appendix B). Peak rate 2e-2 as in the paper. See experiments/paper.py for options.
+"""
+
+from four_schedules import four_schedules
+from gpt2_runs import FOUR_SCHEDULES, one_run
+from paper import Lab, Outcome, Sweep, main
+
+PEAK = 2e-2  # Appendix B
+
+
+def sweeps(scale: str) -> list[Sweep]:
+    """Four runs."""
+    c = one_run(scale, "muon_nsgd")
+    c.T = {"laptop": 2000, "gpu": 5000, "paper": 5000}[scale]
+    c.eval.times = 100
+    return [Sweep("gpt2-muon-schedules", c, [x | {"eta_ref": PEAK * c.T**0.5} for x in FOUR_SCHEDULES.values()])]
+
+
+def experiment(lab: Lab) -> Outcome:
+    """Train, fit and draw."""
+    return four_schedules(lab, *sweeps(lab.scale), FOUR_SCHEDULES, "GPT-2 with Muon-NSGD")
+
+
+if __name__ == "__main__":
+    main(__file__, __doc__, experiment)

@@ -1,0 +1,160 @@
+"""What the scripts of the paper's figures and tables share: scales, runs in a store, claims, figures and numbers.
+
+    python experiments/figNN_name.py [--scale=laptop|gpu|paper] [--out=DIR] [FIELD=VALUE ...] [options of cdl sweep]
+
+`laptop` takes minutes on two CPU cores, on data that packages ship; `gpu` hours on one accelerator; `paper` is the
+paper's own setting, on data that has to be there. FIELD=VALUE changes the config of all runs, such as data.path=DIR.
+With the options of `cdl sweep` runs go to workers: --workers=8, --backend=slurm --sbatch=.., --lanes=4.
+
+A script stops and goes on like a sweep: finished runs stay in DIR, and scripts that need the same runs share them. It
+ends with DIR/figNN_name.png, and DIR/figNN_name.json with its numbers and what the paper claims of them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+import cdl
+import cdl.config
+from cdl.cli import parse, run
+from cdl.errors import UserError
+from cdl.sweep.grid import Grid
+
+ROOT = Path(__file__).parents[1]
+SCALES = ("laptop", "gpu", "paper")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that a script needs. folder: under DIR. config: of one run. grid: changes of each run. keep: their weights."""
+
+    folder: str
+    config: ConfigDict
+    grid: Grid
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """paper: what it says. here: what came out. agrees: None where this scale cannot tell."""
+
+    paper: str
+    here: str
+    agrees: bool | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """figure: in the paper's form. numbers: all that it shows, for json. claims: what the paper says of them."""
+
+    figure: Figure
+    numbers: Mapping[str, Any]
+    claims: Sequence[Claim]
+
+
+class Runs:
+    """Finished runs of a `Sweep`.
+
+    table: a row for each, in the order of the grid, as `cdl.sweep_table`. weights: the folders of what they ended with.
+    """
+
+    def __init__(self, folder: Path, table: pd.DataFrame):
+        self._folder, self.table = folder, table
+        self.weights = [folder / "checkpoints" / id for id in table["id"]]
+
+    def curve(self, i: int, name: str, loss: str = "eval_loss") -> pd.DataFrame:
+        """Run i as `cdl.fit_curve` takes it: columns run, step, eta, loss; NaN where no loss was measured."""
+        curve = pd.read_parquet(self._folder / self.table["id"][i] / "curve.parquet")
+        return pd.DataFrame({"run": name, "step": curve["step"], "eta": curve["eta"], "loss": curve[loss]}).iloc[1:]
+
+
+class Lab:
+    """Where a script's runs are trained. scale, out: as said on the command line."""
+
+    def __init__(self, scale: str, out: Path, sweep_arguments: argparse.Namespace):
+        self.scale, self.out, self._arguments = scale, out, sweep_arguments
+        self.seconds: dict[str, float] = {}
+        self.device, self.versions = "", {}
+
+    def train(self, sweep: Sweep) -> Runs:
+        """Train what is not there yet.
+
+        Raises:
+          UserError: as `cdl sweep`.
+        """
+        changes = cdl.config.parse_assignments(self._arguments.changes)
+        points = [changes | change for change in sweep.grid]
+        folder = self.out / sweep.folder
+        runs = Runs(folder, cdl.run_sweep(sweep.config, points, folder, self._arguments, keep=sweep.keep))
+        self.seconds |= dict(zip(runs.table["id"], runs.table["seconds"], strict=True))
+        self.device, self.versions = runs.table["device"].iloc[-1], runs.table["versions"].iloc[-1]
+        return runs
+
+
+def config(file: str) -> tuple[ConfigDict, Grid]:
+    """Config and grid of ``file.py:arg`` in configs/."""
+    made, grid = cdl.config.load(str(ROOT / "configs" / file))
+    return made, grid or [{}]
+
+
+def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> None:
+    """Run a script from its command line, and leave with its exit code."""
+    parser = argparse.ArgumentParser(
+        description=(doc or "").partition("\n")[0], epilog="Options of cdl sweep and changes of the config go on."
+    )
+    parser.add_argument("--scale", choices=SCALES, default="laptop")
+    parser.add_argument("--out", metavar="DIR", help="folder for runs, figure and numbers (default: runs/paper-SCALE)")
+    arguments, rest = parser.parse_known_args()
+    out = Path(arguments.out or f"runs/paper-{arguments.scale}")
+
+    def work(sweep_arguments: argparse.Namespace) -> None:
+        lab = Lab(arguments.scale, out, sweep_arguments)
+        outcome = experiment(lab)
+        out.mkdir(parents=True, exist_ok=True)
+        name = Path(file).stem
+        written = dict(
+            script=name,
+            title=(doc or "").partition("\n")[0].rstrip("."),
+            scale=arguments.scale,
+            command=" ".join(["python", f"experiments/{name}.py", *sys.argv[1:]]),
+            runs=len(lab.seconds),
+            run_seconds=round(sum(lab.seconds.values()), 1),
+            device=lab.device,
+            versions=lab.versions,
+            claims=[asdict(claim) for claim in outcome.claims],
+            numbers=outcome.numbers,
+        )
+        (out / f"{name}.json").write_text(json.dumps(written, indent=1, default=_plain) + "\n")
+        outcome.figure.savefig(out / f"{name}.png", dpi=110)
+        for claim in outcome.claims:
+            verdict = {True: "agrees", False: "DISAGREES", None: "not tested at this scale"}[claim.agrees]
+            print(f"Paper: {claim.paper}\nHere:  {claim.here} ({verdict})")
+        print(f"Figure: {out / f'{name}.png'}\nNumbers: {out / f'{name}.json'}")
+
+    sweep_arguments = parse(["sweep", "--config=", f"--out={out}", *rest])
+    sweep_arguments.run = work
+    sys.exit(run(sweep_arguments))
+
+
+def need(lab: Lab, *scales: str) -> None:
+    """Raises UserError where a script has no such scale."""
+    if lab.scale not in scales:
+        raise UserError(f"--scale={lab.scale} does not exist for this figure; use {' or '.join(scales)}")
+
+
+def _plain(x: Any) -> Any:
+    """NumPy's numbers and arrays for json."""
+    if isinstance(x, np.generic | np.ndarray):
+        return x.tolist()
+    if isinstance(x, pd.DataFrame):
+        return x.to_dict("list")
+    raise TypeError(f"{type(x).__name__} does not go into json")
