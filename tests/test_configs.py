@@ -30,8 +30,8 @@ def gpt2_parameters(size: str) -> int:
     return L * (12 * D**2 + 13 * D) + (V + S + 2) * D
 
 
-# argument: parameters. Published by Hugging Face (gpt2, .., gpt2-xl), timm and torchvision; ResNet-50 with the CIFAR
-# stem by github.com/kuangliu/pytorch-cifar. The sizes 1B and 7B are the paper's, their shapes ours.
+# argument: parameters. Published by Hugging Face (gpt2, .., gpt2-xl; SmolLM2), timm and torchvision; ResNet-50 with the
+# CIFAR stem by github.com/kuangliu/pytorch-cifar. The sizes 1B and 7B are the paper's, their shapes ours.
 SIZED = {
     "gpt2.py:0.1b-adamw": 124_439_808,
     "gpt2.py:0.1b-muon": 124_439_808,
@@ -41,6 +41,8 @@ SIZED = {
     "gpt2.py:355M": 354_823_168,
     "gpt2.py:774M": 774_030_080,
     "gpt2.py:1.5B": 1_557_611_200,
+    "llama.py:135M": 134_515_008,
+    "llama.py:360M": 361_821_120,
     "vit.py:imagenet": 86_567_656,
     "vit.py:Ti/16": 5_717_416,
     "vit.py:S/16": 22_050_664,
@@ -188,7 +190,7 @@ def test_digits_need_no_download(name: str) -> None:
     assert len(points_of(c, grid)) == len(grid) == 15
 
 
-@pytest.mark.parametrize("name", ["gpt2.py", *DIGITS])
+@pytest.mark.parametrize("name", ["gpt2.py", "llama.py", *DIGITS])
 def test_unknown_arguments_are_named(name: str) -> None:
     with pytest.raises(UserError, match=f"no argument of configs/{name} 'imagnet'"):
         load(str(CONFIGS / f"{name}:imagnet"))

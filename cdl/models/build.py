@@ -11,7 +11,7 @@ from flax import nnx
 
 from cdl.compute import Compute
 from cdl.errors import UserError, unknown
-from cdl.models import gpt2, resnet, vit
+from cdl.models import gpt2, llama, resnet, vit, vlm
 from cdl.models.lora import LoRA, adapt
 from cdl.sharding import ShardingRule
 
@@ -42,10 +42,11 @@ class Model(NamedTuple):
       is trained. Statistics are what batch normalisation tracks; {} for models without it.
     loss: (parameters, statistics, batch, train) -> (`Sums`, statistics after it). A batch of text is tokens_BxS1 of S+1
       tokens each, or a dict of these as `tokens` and `weight_BxS` as `weight`, by which predictions count; a batch of
-      images is a dict of `image` [B, H, W, C], float32, and `label` [B].
+      images is a dict of `image` [B, H, W, C], float32, and `label` [B]. A batch of questions about images is the
+      dict of text with `image` [B, M, H, W, C] and `slot` [B, S], which says what stands where: `cdl.models.vlm.VLM`.
     n_params: N, the number of parameters, frozen ones among them.
     rules: how parameters are split over devices, by path.
-    data: name of the kind of data that it takes, "text" or "images".
+    data: name of the kind of data that it takes, "text", "images" or "vqa".
     frozen: shapes of the parameters that are not trained, None where all are. `loss` then takes them, too: see `over`.
     """
 
@@ -74,6 +75,12 @@ def _image_loss(model: Any, batch: Any, train: bool) -> Sums:
     return _sums(logits_BxV, batch["label"], jnp.ones(batch["label"].shape))
 
 
+def _vqa_loss(model: Any, batch: Any, train: bool) -> Sums:
+    tokens_BxS1 = batch["tokens"]
+    logits_BxSxV = model(batch["image"], tokens_BxS1[:, :-1], batch["slot"], train)
+    return _sums(logits_BxSxV, tokens_BxS1[:, 1:], batch["weight"])
+
+
 def _sums(logits: jax.Array, target: jax.Array, weight: jax.Array) -> Sums:
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     correct = jnp.argmax(logits, axis=-1) == target
@@ -93,8 +100,10 @@ class _Kind(NamedTuple):
 
 MODELS: dict[str, _Kind] = {
     "gpt2": _Kind(gpt2.GPT2, gpt2.arguments, _tokens_loss, "text", gpt2.SHARDING),
+    "llama": _Kind(llama.Llama, llama.arguments, _tokens_loss, "text", llama.SHARDING),
     "vit": _Kind(vit.ViT, vit.arguments, _image_loss, "images", vit.SHARDING),
     "resnet": _Kind(resnet.ResNet, resnet.arguments, _image_loss, "images", resnet.SHARDING),
+    "vlm": _Kind(vlm.VLM, vlm.arguments, _vqa_loss, "vqa", vlm.SHARDING),
 }
 
 

@@ -1,5 +1,6 @@
 """GPT-2 (Radford et al., 2019) in Flax NNX: learned positions, pre-norm blocks, output tied to the embedding."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from cdl.compute import Compute
 from cdl.errors import unknown
 from cdl.models import transformer
-from cdl.models.transformer import Stack, check_sizes, dtype_of
+from cdl.models.transformer import Block, Stack, check_sizes, dtype_of, scores
 from cdl.sharding import BATCH, ShardingRule, constrain, take_rows
 
 __all__ = ["GPT2", "SHARDING", "SIZES", "arguments"]
@@ -75,7 +76,8 @@ class GPT2(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.token = nnx.Embed(vocab_size, d_model, embedding_init=normal, rngs=rngs)
         self.position = nnx.Embed(context, d_model, embedding_init=normal, rngs=rngs)
-        self.blocks = Stack(
+        block = partial(
+            Block,
             d_model,
             n_head,
             n_layer,
@@ -85,9 +87,8 @@ class GPT2(nnx.Module):
             epsilon=1e-5,
             dtype=self.dtype,
             attention=compute.attention,
-            remat=compute.remat,
-            rngs=rngs,
         )
+        self.blocks = Stack(block, n_layer, remat=compute.remat, rngs=rngs)
         self.norm = nnx.LayerNorm(d_model, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, tokens_BxS: jax.Array, train: bool = False) -> jax.Array:
@@ -99,30 +100,5 @@ class GPT2(nnx.Module):
         position_SxD = constrain(self.position.embedding[:S], None, None)
         x_BxSxD = (constrain(take_rows(token_VxD, tokens_BxS), BATCH) + position_SxD).astype(self.dtype)
         x_BSxD = self.blocks(constrain(x_BxSxD.reshape(B * S, -1), BATCH), B)
-        logits_BSxV = _scores(self.norm(x_BSxD).astype(self.dtype), token_VxD)
+        logits_BSxV = scores(self.norm(x_BSxD).astype(self.dtype), token_VxD)
         return constrain(logits_BSxV, BATCH, "tensor").reshape(B, S, -1)
-
-
-@jax.custom_vjp
-def _scores(x_NxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
-    """x table^T: products in the dtype of x, sums and result in float32; backwards too, which JAX would do in float32
-    altogether, several times as slow."""
-    return _product("nd,vd->nv", x_NxD, table_VxD.astype(x_NxD.dtype))
-
-
-def _scores_forward(x_NxD: jax.Array, table_VxD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _scores(x_NxD, table_VxD), (x_NxD, table_VxD)
-
-
-def _scores_backward(kept: tuple[jax.Array, jax.Array], ct_NxV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_NxD, table_VxD = kept
-    ct_NxV = ct_NxV.astype(x_NxD.dtype)
-    x_ct_NxD = _product("nv,vd->nd", ct_NxV, table_VxD.astype(x_NxD.dtype)).astype(x_NxD.dtype)
-    return x_ct_NxD, _product("nv,nd->vd", ct_NxV, x_NxD)
-
-
-_scores.defvjp(_scores_forward, _scores_backward)
-
-
-def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)

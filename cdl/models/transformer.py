@@ -1,4 +1,4 @@
-"""What GPT-2 and ViT share: pre-norm blocks of attention and MLP, and a stack of them.
+"""What transformers share: attention, the pre-norm block of GPT-2 and ViT, a stack of blocks of any kind, scores.
 
 Blocks of a stack are one block whose parameters lead with L, the layer. They are run by `jax.lax.scan`, so compile time
 does not grow with depth, and equal shapes lie together for the optimizer. Dense layers run over [B*S, D]: on CPUs, XLA
@@ -8,6 +8,7 @@ is then faster than over [B, S, D].
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cdl.errors import UserError, unknown
 from cdl.sharding import BATCH, ShardingRule, constrain, make_mesh
 
-__all__ = ["REMAT", "SHARDING", "Block", "Stack", "check_sizes", "dtype_of"]
+__all__ = [
+    "REMAT",
+    "SHARDING",
+    "Block",
+    "Stack",
+    "attend",
+    "check_positive",
+    "check_sizes",
+    "dense",
+    "dtype_of",
+    "implementation",
+    "scores",
+]
 
 
 def _keeps_products(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -54,13 +67,20 @@ def dtype_of(name: str) -> Any:
     return DTYPES[name]
 
 
-def check_sizes(d_model: int, n_head: int, **sizes: int) -> None:
-    """Raises UserError where a size is not positive, or `d_model` is not a multiple of `n_head`."""
-    for name, value in (sizes | dict(d_model=d_model, n_head=n_head)).items():
+def check_sizes(d_model: int, n_head: int, prefix: str = "", **sizes: int) -> None:
+    """Raises UserError where a size is not positive, or `d_model` is not a multiple of `n_head`. The prefix is that of
+    the fields' names."""
+    own = sizes | dict(d_model=d_model, n_head=n_head)
+    check_positive(**{f"{prefix}{name}": value for name, value in own.items()})
+    if d_model % n_head:
+        raise UserError(f"model.{prefix}d_model={d_model} must be a multiple of model.{prefix}n_head={n_head}")
+
+
+def check_positive(**sizes: float) -> None:
+    """Raises UserError where one is below 1."""
+    for name, value in sizes.items():
         if value < 1:
             raise UserError(f"model.{name}={value} must be at least 1")
-    if d_model % n_head:
-        raise UserError(f"model.d_model={d_model} must be a multiple of model.n_head={n_head}")
 
 
 class Attention(nnx.Module):
@@ -82,20 +102,15 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.n_head, self.causal = n_head, causal
-        self.implementation = _implementation(attention, dtype, length, d_model // n_head, causal)
-        self.qkv = _dense(d_model, 3 * d_model, 0.02, dtype, rngs)
-        self.out = _dense(d_model, d_model, out_std, dtype, rngs)
+        self.implementation = implementation(attention, dtype, length, d_model // n_head, causal)
+        self.qkv = dense(d_model, 3 * d_model, 0.02, dtype, rngs)
+        self.out = dense(d_model, d_model, out_std, dtype, rngs)
 
     def __call__(self, x_BSxD: jax.Array, batch: int) -> jax.Array:
         D = x_BSxD.shape[-1]
         qkv_BxSxHx3xK = self.qkv(x_BSxD).reshape(batch, -1, self.n_head, 3, D // self.n_head)
         q_BxSxHxK, k_BxSxHxK, v_BxSxHxK = jnp.moveaxis(qkv_BxSxHx3xK, 3, 0)
-        if self.implementation == "blocks":
-            y_BxSxHxK = _causal_in_blocks(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK)
-        else:
-            y_BxSxHxK = jax.nn.dot_product_attention(
-                q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, is_causal=self.causal, implementation=self.implementation
-            )
+        y_BxSxHxK = attend(self.implementation, q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, self.causal)
         return self.out(y_BxSxHxK.reshape(-1, D))
 
 
@@ -104,8 +119,8 @@ class MLP(nnx.Module):
 
     def __init__(self, d_model: int, *, tanh: bool, out_std: float, dtype: Any, rngs: nnx.Rngs):
         self.tanh = tanh
-        self.up = _dense(d_model, 4 * d_model, 0.02, dtype, rngs)
-        self.down = _dense(4 * d_model, d_model, out_std, dtype, rngs)
+        self.up = dense(d_model, 4 * d_model, 0.02, dtype, rngs)
+        self.down = dense(4 * d_model, d_model, out_std, dtype, rngs)
 
     def __call__(self, x_BSxD: jax.Array) -> jax.Array:
         return self.down(jax.nn.gelu(self.up(x_BSxD), approximate=self.tanh))
@@ -152,31 +167,68 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """`n_layer` blocks, one after the other: x_BSxD -> x_BSxD. Arguments as of `Block`; its parameters lead with L."""
+    """`n_layer` blocks, one after the other: x_BSxD -> x_BSxD. Their parameters lead with L.
 
-    def __init__(self, d_model: int, n_head: int, n_layer: int, *, remat: str, rngs: nnx.Rngs, **block: Any):
+    block: makes one, called with `rngs`. A block takes x_BSxD, and what the stack is given besides.
+    """
+
+    def __init__(self, block: Callable[..., nnx.Module], n_layer: int, *, remat: str, rngs: nnx.Rngs):
         if remat not in REMAT:
             raise unknown("compute.remat", remat, REMAT)
         self.n_layer, self.remat = n_layer, remat
 
         @nnx.split_rngs(splits=n_layer)
         @nnx.vmap(in_axes=0, out_axes=0)
-        def make(rngs: nnx.Rngs) -> Block:
-            return Block(d_model, n_head, n_layer, rngs=rngs, **block)
+        def make(rngs: nnx.Rngs) -> nnx.Module:
+            return block(rngs=rngs)
 
         self.layers = make(rngs)
 
-    def __call__(self, x_BSxD: jax.Array, batch: int) -> jax.Array:
+    def __call__(self, x_BSxD: jax.Array, *besides: Any) -> jax.Array:
         graphdef, params_L = nnx.split(self.layers)
 
         def layer(x_BSxD: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, params)(x_BSxD, batch), None
+            return nnx.merge(graphdef, params)(x_BSxD, *besides), None
 
         layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
         # Two small layers, as of the demo, run faster without a loop. Not where less is to be kept:
         # without a loop between the passes, XLA may keep what it was to compute again.
         unroll = self.n_layer <= 2 and self.remat == "none"
         return jax.lax.scan(layer, x_BSxD, params_L, unroll=unroll)[0]
+
+
+@jax.custom_vjp
+def scores(x_NxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """x table^T: products in the dtype of x, sums and result in float32; backwards too, which JAX would do in float32
+    altogether, several times as slow."""
+    return _product("nd,vd->nv", x_NxD, table_VxD.astype(x_NxD.dtype))
+
+
+def _scores_forward(x_NxD: jax.Array, table_VxD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return scores(x_NxD, table_VxD), (x_NxD, table_VxD)
+
+
+def _scores_backward(kept: tuple[jax.Array, jax.Array], ct_NxV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_NxD, table_VxD = kept
+    ct_NxV = ct_NxV.astype(x_NxD.dtype)
+    x_ct_NxD = _product("nv,vd->nd", ct_NxV, table_VxD.astype(x_NxD.dtype)).astype(x_NxD.dtype)
+    return x_ct_NxD, _product("nv,nd->vd", ct_NxV, x_NxD)
+
+
+scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+def attend(how: Any, q_BxSxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, causal: bool) -> jax.Array:
+    """y_BxSxHxK. `how` is what `implementation` gave; each of the G heads of keys and values is for H / G of queries,
+    one after the other."""
+    if how != "blocks":
+        return jax.nn.dot_product_attention(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, is_causal=causal, implementation=how)
+    group = q_BxSxHxK.shape[2] // k_BxSxGxK.shape[2]
+    return _causal_in_blocks(q_BxSxHxK, *(jnp.repeat(x, group, axis=2) for x in (k_BxSxGxK, v_BxSxGxK)))
 
 
 def _causal_in_blocks(q_BxSxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array) -> jax.Array:
@@ -202,13 +254,15 @@ def _causal_in_blocks(q_BxSxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax
     return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
 
 
-def _dense(n_in: int, n_out: int, std: float, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(n_in, n_out, dtype=dtype, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+def dense(n_in: int, n_out: int, std: float, dtype: Any, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+    """A dense layer with weights from N(0, std^2)."""
+    return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, kernel_init=nnx.initializers.normal(std), rngs=rngs)
 
 
 @functools.cache
-def _implementation(wanted: str, dtype: Any, length: int, head: int, causal: bool) -> Any:
-    """What "auto" is. It asks a GPU, once: what cuDNN takes differs."""
+def implementation(wanted: str, dtype: Any, length: int, head: int, causal: bool, group: int = 1) -> Any:
+    """What "auto" is, for `attend`. It asks a GPU, once: what cuDNN takes differs. group: heads of queries for each of
+    keys."""
     if wanted not in ATTENTION:
         raise unknown("compute.attention", wanted, ATTENTION)
     if wanted == "cudnn" and jax.default_backend() != "gpu":
@@ -219,23 +273,24 @@ def _implementation(wanted: str, dtype: Any, length: int, head: int, causal: boo
         return wanted if wanted != "blocks" or causal else "xla"
     if jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
         return "xla"
-    if why := _does_not_compile("cudnn", dtype, length, head, causal):
+    if why := _does_not_compile("cudnn", dtype, length, head, causal, group):
         warnings.warn(f"cuDNN has no attention for this model here, XLA's is used ({why})", stacklevel=2)
         return "xla"
     return "cudnn"
 
 
-def _does_not_compile(implementation: Any, dtype: Any, length: int, head: int, causal: bool) -> str:
+def _does_not_compile(how: Any, dtype: Any, length: int, head: int, causal: bool, group: int = 1) -> str:
     """Why an attention does not compile, forward and backward, as `cdl.train.step` has it on the devices of this
     process; "" if it does."""
     devices = jax.local_devices()
     mesh = make_mesh(dict(run=1, data=len(devices), fsdp=1, tensor=1), devices)
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    x = jax.ShapeDtypeStruct((len(devices), length, 1, head), dtype, sharding=rows)
+    x = jax.ShapeDtypeStruct((len(devices), length, group, head), dtype, sharding=rows)
 
-    def total(x: jax.Array) -> jax.Array:
-        x = constrain(x, BATCH)
-        return jax.nn.dot_product_attention(x, x, x, is_causal=causal, implementation=implementation).sum()
+    def total(q: jax.Array) -> jax.Array:
+        q = constrain(q, BATCH)
+        x = q[:, :, :1]
+        return jax.nn.dot_product_attention(q, x, x, is_causal=causal, implementation=how).sum()
 
     everywhere = PartitionSpec()
     trial = jax.shard_map(

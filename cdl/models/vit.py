@@ -1,5 +1,6 @@
 """Vision transformer (Dosovitskiy et al., 2021) in Flax NNX: patches as tokens, pre-norm blocks, learned positions."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ from flax import nnx
 from cdl.compute import Compute
 from cdl.errors import UserError, unknown
 from cdl.models import transformer
-from cdl.models.transformer import Stack, check_sizes, dtype_of
+from cdl.models.transformer import Block, Stack, check_positive, check_sizes, dtype_of
 from cdl.sharding import BATCH, ShardingRule, constrain
 
-__all__ = ["CHANNELS", "POOLS", "SHARDING", "SIZES", "ViT", "arguments"]
+__all__ = ["CHANNELS", "POOLS", "SHARDING", "SIZES", "ViT", "arguments", "check_patches", "patches"]
 
 CHANNELS = 3
 POOLS = ("cls", "mean")
@@ -91,9 +92,8 @@ class ViT(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        check_sizes(d_model, n_head, n_layer=n_layer, image_size=image_size, patch=patch, classes=classes)
-        if image_size % patch:
-            raise UserError(f"model.image_size={image_size} must be a multiple of model.patch={patch}")
+        check_sizes(d_model, n_head, n_layer=n_layer, classes=classes)
+        check_patches(image_size, patch)
         if pool not in POOLS:
             raise unknown("model.pool", pool, POOLS)
         number = dtype_of(dtype)
@@ -104,7 +104,8 @@ class ViT(nnx.Module):
         if pool == "cls":
             self.cls = nnx.Param(normal(rngs.params(), (d_model,), jnp.float32))
         self.position = nnx.Embed(n_patch + (pool == "cls"), d_model, dtype=number, embedding_init=normal, rngs=rngs)
-        self.blocks = Stack(
+        block = partial(
+            Block,
             d_model,
             n_head,
             n_layer,
@@ -114,19 +115,16 @@ class ViT(nnx.Module):
             epsilon=1e-6,
             dtype=number,
             attention=compute.attention,
-            remat=compute.remat,
-            rngs=rngs,
         )
+        self.blocks = Stack(block, n_layer, remat=compute.remat, rngs=rngs)
         self.norm = nnx.LayerNorm(d_model, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
         self.head = nnx.Linear(d_model, classes, dtype=jnp.float32, kernel_init=normal, rngs=rngs)
 
     def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
         del train  # nothing differs
         B = image_BxHxWxC.shape[0]
-        expected = (self.image_size, self.image_size, CHANNELS)
-        if image_BxHxWxC.shape[1:] != expected:
-            raise UserError(f"images are {image_BxHxWxC.shape[1:]} and the model's {expected}; set model.image_size")
-        x_BxSxD = self.patch(_patches(image_BxHxWxC, self.pixels)).reshape(B, -1, self.patch.out_features)
+        x_BSxP = patches(image_BxHxWxC, self.image_size, self.pixels)
+        x_BxSxD = self.patch(x_BSxP).reshape(B, -1, self.patch.out_features)
         if self.pool == "cls":
             cls_Bx1xD = jnp.broadcast_to(self.cls[...].astype(x_BxSxD.dtype), (B, 1, x_BxSxD.shape[-1]))
             x_BxSxD = jnp.concatenate([cls_Bx1xD, x_BxSxD], axis=1)
@@ -137,9 +135,22 @@ class ViT(nnx.Module):
         return constrain(self.head(x_BxD), BATCH, "tensor")
 
 
-def _patches(image_BxHxWxC: jax.Array, pixels: int) -> jax.Array:
+def check_patches(image_size: int, patch: int) -> None:
+    """Raises UserError where a size is not positive, or no whole number of patches is an image."""
+    check_positive(image_size=image_size, patch=patch)
+    if image_size % patch:
+        raise UserError(f"model.image_size={image_size} must be a multiple of model.patch={patch}")
+
+
+def patches(image_BxHxWxC: jax.Array, size: int, pixels: int) -> jax.Array:
     """[B*S, pixels*pixels*C]: S patches by rows, each by (row, column, channel), as a convolution's kernel [H, W, C, D]
-    is flattened. A dense layer over them is the convolution with that stride."""
+    is flattened. A dense layer over them is the convolution with that stride.
+
+    Raises:
+      UserError: images that are not `size` x `size` x `CHANNELS`.
+    """
+    if image_BxHxWxC.shape[1:] != (expected := (size, size, CHANNELS)):
+        raise UserError(f"images are {image_BxHxWxC.shape[1:]} and the model's {expected}; set model.image_size")
     B, H, W, C = image_BxHxWxC.shape
     x = image_BxHxWxC.reshape(B, H // pixels, pixels, W // pixels, pixels, C)
     return jnp.moveaxis(x, 3, 2).reshape(-1, pixels * pixels * C)

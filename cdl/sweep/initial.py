@@ -49,7 +49,7 @@ def _fingerprint(path: str, model: Section) -> str:
 def _load(path: str, model: Section, seed: int) -> tuple[Any, Any]:
     where = Path(path).expanduser()
     if not where.name.startswith("step_") and not any(where.glob("step_*")):
-        return pretrained.load(dict(model), where, seed)
+        return pretrained.load(dict(model), path, seed)
     weights = read_weights(where)
     theirs, ours = (_shapes(x) for x in (weights, jax.eval_shape(build(dict(model)).init, 0)))
     other = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from cdl.compute import Compute
 from cdl.data import build as data
 from cdl.errors import UserError
 from cdl.models import build as models
+from cdl.models import pretrained
 from cdl.models.lora import LoRA
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
@@ -146,8 +146,10 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
         fit = " or ".join(repr(name) for name, kind in data.DATA.items() if kind.takes == model.data)
         raise UserError(f"model.name={c.model.name!r} takes data.name={fit} and not {c.data.name!r}")
     data.check_section(c.data, c.model.to_dict())
-    if c.init and not Path(c.init).expanduser().exists():
-        raise UserError(f"init={c.init!r} does not exist; give safetensors, or the checkpoints of a run")
+    absent = [str(path) for path in pretrained.paths_of(c.model.name, c.init) if not path.exists()] if c.init else []
+    if absent:
+        which = f" ({', '.join(absent)})" if "," in c.init else ""
+        raise UserError(f"init={c.init!r} does not exist{which}; give safetensors, or the checkpoints of a run")
     if c.compute.microbatches > 1 and jax.tree.leaves(jax.eval_shape(model.init, 0)[1]):
         raise UserError(
             f"compute.microbatches={c.compute.microbatches}: model.name={c.model.name!r} normalises over the whole "

@@ -12,13 +12,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cdl.errors import UserError
+from cdl.models import llama
 from cdl.models.build import build
 from cdl.models.pretrained import load, read_section, save
 from cdl.models.resnet import DEPTHS
 from tests.models.programs import compiled
 
+LLAMA = dict(name="llama") | llama.arguments("3k", 11, 6) | dict(n_layer=2)
 SECTIONS = {
     "gpt2": dict(name="gpt2", vocab_size=11, context=6, n_layer=2, n_head=2, d_model=8, dtype="float32"),
+    "llama": LLAMA,
+    "llama-untied": LLAMA | dict(tied=False),
     "vit": dict(name="vit", image_size=8, patch=4, classes=5, n_layer=2, n_head=2, d_model=8, pool="cls"),
     "vit-mean": dict(name="vit", image_size=8, patch=4, classes=5, n_layer=2, n_head=2, d_model=8, pool="mean"),
     "resnet": dict(name="resnet", depth=50, stem="imagenet", classes=5, width=4),
@@ -99,10 +103,55 @@ def doubled(tensors: Tensors) -> None:
 def test_files_of_gpt2_as_they_occur(change: Callable[[Tensors], None], tmp_path: Path) -> None:
     trees = trees_of(SECTIONS["gpt2"])
     save(SECTIONS["gpt2"], *trees, tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
+    changed(tmp_path, change)
     assert_same(load(SECTIONS["gpt2"], tmp_path), trees)
+
+
+def changed(folder: Path, change: Callable[[Tensors], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_files_of_llama_as_they_occur(tmp_path: Path) -> None:
+    """Either of two tied tensors, or both, equal; frequencies beside the weights; the fields of older versions."""
+    trees = trees_of(LLAMA)
+    save(LLAMA, *trees, tmp_path)
+    changed(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    assert_same(load(LLAMA, tmp_path), trees)
+    changed(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))
+    changed(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}))
+    assert_same(load(LLAMA, tmp_path), trees)
+    changed(tmp_path, lambda t: t.update({"model.embed_tokens.weight": t["lm_head.weight"] + 1}))
+    with pytest.raises(UserError, match=r"lm_head.weight is not the token embedding; llama has its output tied"):
+        load(LLAMA, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    newer = {key: value for key, value in config.items() if not key.startswith("rope_") and key != "head_dim"}
+    newer |= dict(rope_parameters=dict(rope_type="default", rope_theta=config["rope_theta"]))
+    for written in (newer, {key: value for key, value in config.items() if key != "head_dim"}):
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        assert read_section(tmp_path) == LLAMA
+
+
+def test_tensors_that_are_missing_and_left_over_are_listed(tmp_path: Path) -> None:
+    save(LLAMA, *trees_of(LLAMA), tmp_path)
+    gone = [f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("input_layernorm", "mlp.up_proj", "mlp.down_proj")]
+
+    def change(tensors: Tensors) -> None:
+        for name in gone:
+            tensors[f"extra.{name}"] = tensors.pop(f"model.{name}")
+        del tensors["extra.layers.0.input_layernorm.weight"], tensors["extra.layers.1.mlp.up_proj.weight"]
+
+    changed(tmp_path, change)
+    with pytest.raises(UserError) as e:
+        load(LLAMA, tmp_path)
+    named = sorted(gone)
+    extra = [f"extra.{name}" for name in named if name not in (gone[0], gone[4])]
+    missing = f"tensors {', '.join(named[:5])} and 1 more are not there"
+    assert str(e.value) == (
+        f"{tmp_path}: {missing}; tensors {', '.join(extra)} have no place in the model; "
+        f"give a file of this kind and size of model"
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,9 +175,7 @@ def test_files_of_gpt2_as_they_occur(change: Callable[[Tensors], None], tmp_path
 )
 def test_tensors_that_do_not_fit_are_named(change: Callable[[Tensors], None], said: str, tmp_path: Path) -> None:
     save(SECTIONS["gpt2"], *trees_of(SECTIONS["gpt2"]), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
+    changed(tmp_path, change)
     with pytest.raises(UserError) as e:
         load(SECTIONS["gpt2"], tmp_path)
     assert said in str(e.value)
@@ -143,6 +190,17 @@ def test_tensors_that_do_not_fit_are_named(change: Callable[[Tensors], None], sa
         ("gpt2", dict(n_head=4), "model.n_head is 4 there and 2 here; set it to 4"),
         ("gpt2", dict(activation_function="relu"), "activation_function='relu', but model 'gpt2' has 'gelu_new'"),
         ("gpt2", dict(n_inner=16), "n_inner=16, but model 'gpt2' has 32"),
+        ("llama", dict(hidden_act="gelu"), "hidden_act='gelu', but model 'llama' has 'silu'"),
+        ("llama", dict(rms_norm_eps=1e-6), "rms_norm_eps=1e-06, but model 'llama' has 1e-05"),
+        ("llama", dict(attention_bias=True), "attention_bias=True"),
+        ("llama", dict(mlp_bias=True), "mlp_bias=True"),
+        ("llama", dict(head_dim=8), "head_dim=8, but model 'llama' has 4"),
+        ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=8)), "rope_scaling={'rope_type': 'llama3', 'fac"),
+        ("llama", dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e5)), "rope_scaling={'rope_type': 'yarn'"),
+        ("llama", dict(rope_theta=10000), "model.theta is 10000.0 there and 100000.0 here"),
+        ("llama", dict(num_key_value_heads=None), "model.n_kv_head is 2 there and 1 here; set it to 2"),
+        ("llama", dict(tie_word_embeddings=False), "model.tied is False there and True here; set it to False"),
+        ("llama", dict(model_type="gpt2"), "this is model 'gpt2', and 'llama' is needed"),
         ("vit", dict(layer_norm_eps=1e-5), "layer_norm_eps=1e-05, but model 'vit' has 1e-06"),
         ("vit", dict(patch_size=[4, 2]), "patch_size=[4, 2], but model 'vit' is square"),
         ("vit", dict(pool="mean"), "model.pool is 'mean' there and 'cls' here; set it to 'mean'"),

@@ -13,7 +13,7 @@ from cdl.compute import Compute
 from cdl.errors import UserError
 from cdl.models import build
 from cdl.models.resnet import DEPTHS
-from cdl.models.transformer import REMAT, Stack, _causal_in_blocks, _does_not_compile
+from cdl.models.transformer import REMAT, Block, Stack, _causal_in_blocks, _does_not_compile
 from tests.models.programs import compiled, products
 
 SECTIONS = {
@@ -34,8 +34,9 @@ def batch_of(name: str) -> Any:
 
 
 def test_scan_is_a_loop_over_the_layers() -> None:
-    block = dict(causal=True, tanh=True, epsilon=1e-5, dtype=jnp.float32, attention="xla", length=8)
-    stack = nnx.eval_shape(lambda: Stack(16, 2, 4, remat="none", rngs=nnx.Rngs(0), **block))
+    sizes = dict(causal=True, tanh=True, epsilon=1e-5, dtype=jnp.float32, attention="xla", length=8)
+    block = partial(Block, 16, 2, 4, **sizes)
+    stack = nnx.eval_shape(lambda: Stack(block, 4, remat="none", rngs=nnx.Rngs(0)))
     graphdef, shapes_L = nnx.split(stack.layers)
     rng = np.random.default_rng(0)
     params_L = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes_L)

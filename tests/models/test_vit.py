@@ -42,7 +42,7 @@ def test_patch_embedding_is_a_convolution() -> None:
     image = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
     kernel = jax.random.normal(jax.random.key(1), (4, 4, 3, 16))
     expected = jax.lax.conv_general_dilated(image, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    got = vit._patches(image, 4) @ kernel.reshape(-1, 16)
+    got = vit.patches(image, 12, 4) @ kernel.reshape(-1, 16)
     np.testing.assert_allclose(got, expected.reshape(-1, 16), rtol=1e-5, atol=1e-5)
 
 

@@ -117,9 +117,9 @@ def test_assignments() -> None:
             parse_assignments(bad)
 
 
-@pytest.mark.parametrize("file", ["configs/demo.py", "configs/gpt2.py", "configs/gpt2.py:7B", "configs/gpt2.py:3k"])
+@pytest.mark.parametrize("file", ["demo.py", "gpt2.py", "gpt2.py:7B", "gpt2.py:3k", "llama.py", "llama.py:360M"])
 def test_configs_build(file: str, request: pytest.FixtureRequest) -> None:
-    config, grid = load(str(request.config.rootpath / file))
+    config, grid = load(str(request.config.rootpath / "configs" / file))
     assert grid
     points = expand(config, grid, lambda c: "f")
     assert len(points) == len(grid)

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from cdl.cli import main
-from cdl.config import change, load
+from cdl.config import base, change, load
 from cdl.data import build as data
 from cdl.errors import UserError
 from cdl.models import build as models
@@ -151,6 +151,23 @@ def test_a_point_is_known_by_the_weights_and_not_by_their_path(folder: Path, tmp
     assert len({id_of(""), id_of(folder), id_of(tmp_path / "other")}) == 3
     points = points_of(config, [{"init": str(folder)}, {"init": ""}])
     assert points[0].program == points[1].program  # one program trains from any weights
+
+
+def test_a_vision_language_model_starts_from_two_folders(tmp_path: Path) -> None:
+    """It is known by both, and by no path; a folder with a comma in its name is one for any other model."""
+    sizes = {"model.vision_n_layer": 1, "model.text_n_layer": 1}
+    config = change(base(), {"model.name": "vlm"} | sizes)
+    params = weights(models.build(config.model.to_dict()))[0]
+    pretrained.save(config.model.to_dict(), params, {}, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    moved = [change(config, {"init": f"{tmp_path / x / 'vision'},{tmp_path / x / 'text'}"}) for x in "ab"]
+    assert initial.fingerprint(moved[0]) == initial.fingerprint(moved[1])
+    assert initial.fingerprint(moved[0]) != initial.fingerprint(change(config, {"init": str(tmp_path / "a")}))
+    loaded = initial.load(moved[1])[0]
+    for part in ("vision", "text"):
+        jax.tree.map(np.testing.assert_array_equal, loaded[part], params[part])
+    assert pretrained.paths_of("vlm", "~/a,b") == [Path.home() / "a", Path("b")]
+    assert pretrained.paths_of("gpt2", "a,b") == [Path("a,b")]
 
 
 @pytest.mark.parametrize(
