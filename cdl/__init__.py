@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cdl.laws.records import read_runs
     from cdl.laws.scaling import fit_scaling
     from cdl.planning import plan
+    from cdl.probing import probe
     from cdl.report import write_report
     from cdl.schedules import optax_schedule, schedule
     from cdl.sweep.store import sweep_table
@@ -34,6 +35,7 @@ __all__ = [
     "fit_scaling",
     "optax_schedule",
     "plan",
+    "probe",
     "read_runs",
     "schedule",
     "sweep_table",
@@ -53,6 +55,7 @@ _HOME = {
     "fit_scaling": "cdl.laws.scaling",
     "optax_schedule": "cdl.schedules",
     "plan": "cdl.planning",
+    "probe": "cdl.probing",
     "read_runs": "cdl.laws.records",
     "schedule": "cdl.schedules",
     "sweep_table": "cdl.sweep.store",

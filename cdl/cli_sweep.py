@@ -178,6 +178,7 @@ def _train_by_workers(arguments: argparse.Namespace, root: Path, points: Sequenc
 def _backend(arguments: argparse.Namespace, root: Path, points: Sequence[Point], lanes: int | None) -> Backend:
     words = [str(root.absolute()), f"--grid={grid_name(points)}"]
     words += [f"--lanes={lanes}"] if lanes else []
+    words += ["--keep"] if arguments.keep else []
     words += ["--tensorboard"] if arguments.tensorboard else []
     words += [f"--wandb={arguments.wandb}"] if arguments.wandb else []
     command, logs = [sys.executable, "-m", "cdl.cli", "worker", *words], root.absolute() / "logs"
