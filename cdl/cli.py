@@ -270,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens or images of training data (default: 16384)",
     )
-    p.add_argument("--iterates", type=int, default=40, metavar="N", help="saved iterates to use at most (default: 40)")
+    p.add_argument("--iterates", type=int, default=50, metavar="N", help="iterates to use at most (default: 50)")
     p.add_argument(
         "--curvature", type=int, default=5, metavar="N", help="at how many of them to find eigenvalues (default: 5)"
     )

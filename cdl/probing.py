@@ -212,7 +212,7 @@ def probe(
     id: str,
     *,
     samples: int = 16384,
-    iterates: int = 40,
+    iterates: int = 50,
     curvature: int = 5,
     T: int | None = None,
     tolerance: float = 1e-4,

@@ -53,10 +53,10 @@ def _share(ax: Axes, probe: "Probe") -> None:
         ax.plot(probe.step_P[others], star_P[others], ".--", ms=3, lw=1, label="towards the lowest")
     ax.axhline(0, color=GREY, lw=0.8)
     ax.set(xlabel="step", ylabel="gap")
+    ax.set_yscale("symlog", linthresh=max(10 * probe.tolerance, 1e-6))
     share = ax.twinx()
     share.plot(probe.step_P, 100 * path.share_P(probe.tolerance), color="tab:green", lw=1.2)
     share.set_ylabel("convex pairs from here on (%)", color="tab:green")
-    share.set_ylim(-3, 103)
     share.spines["top"].set_visible(False)
     _finish(ax, "Star-convexity gaps (below 0: convex)")
 
@@ -78,6 +78,7 @@ def _gradients(ax: Axes, probe: "Probe") -> None:
     ax.plot(probe.step_P, path.norm_P, "o-", ms=3, lw=1.2, label="the whole sample")
     ax.axhline(path.G, color=GREY, lw=0.9, ls="--", label=f"G = {path.G:.3g}")
     ax.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    ax.set_ylim(top=4 * path.G)  # for the legend
     _finish(ax, "Gradient norms and the bound G of (2.2)")
 
 
@@ -100,7 +101,7 @@ def _curvature(ax: Axes, probe: "Probe") -> None:
         ax.errorbar(step, value, yerr=error, fmt="o-", ms=4, lw=1.2, capsize=2, color=color, label=name)
     ax.axhline(0, color=GREY, lw=0.8)
     ax.set(xlabel="step", ylabel="eigenvalue")
-    ax.set_yscale("symlog", linthresh=max(1e-3, min(abs(b.spectrum.smallest) for b in probe.bends)))
+    ax.set_yscale("symlog", linthresh=0.01 * max(abs(b.spectrum.largest) for b in probe.bends) or 1.0)
     stable = ax.twinx()
     stable.plot(step, [x for _, x in probe.sharpness], "s--", ms=4, lw=1, color="tab:green")
     stable.axhline(2, color="tab:green", lw=0.8, ls=":")
