@@ -119,9 +119,9 @@ class Probe:
                 f"{self.name}, {self.status}: {len(step_P)} iterates, steps 0 to {last}",
                 f"loss of {self.sample}: {p.loss_P[0]:.4f} at step 0, {p.loss_P[-1]:.4f} at step {last}, lowest "
                 f"{p.loss_P[p.lowest]:.4f} at step {step_P[p.lowest]}",
-                f"{self._from('convex along the path (all pairs of iterates', self.convex_from)}; "
-                f"{p.share_P(self.tolerance)[0]:.1%} of all pairs",
-                self._from("star-convex towards the last iterate (", self.star_from),
+                f"weakly convex along the path {_from(self.convex_from)}: gap <= {self.tolerance:g} for all pairs from there "
+                f"({p.share_P(self.tolerance)[0]:.1%} of all pairs)",
+                f"star-convex towards the last iterate {_from(self.star_from)}: gap <= {self.tolerance:g}",
                 f"largest gap {p.gap_PxP.max():.3g}: step {step_P[s]} below the tangent at step {step_P[t]}; rounding "
                 f"{self.rounding:.1g}",
                 f"weak-convexity modulus of the path: {self.rho_both_P[0]:.3g} over all pairs, "
@@ -134,10 +134,6 @@ class Probe:
                 *map(self._of_bend, self.bends),
             ]
         )
-
-    def _from(self, what: str, step: int | None) -> str:
-        comma = "" if what.endswith("(") else ", "
-        return f"{what}{comma}gap <= {self.tolerance:g}): from {'no step' if step is None else f'step {step}'} on"
 
     def _of_segment(self, a: int, b: int, line: Line) -> str:
         return (
@@ -394,6 +390,10 @@ def _rounding(sums: Any, loss: Loss, batch_E: Any, saved: _Iterates, P: int) -> 
 
     pairs = [(0, P - 1), (P - 1, 0), (P - 1, P - 2), (P - 2, P - 1)]
     return max(change(t, s) for t, s in pairs if t != s)
+
+
+def _from(step: int | None) -> str:
+    return "from no step on" if step is None else f"from step {step} on"
 
 
 def _bent(line: Line) -> str:

@@ -16,6 +16,7 @@ from cdl.cli import main
 from cdl.data import build as data
 from cdl.errors import UserError
 from cdl.models import build as models
+from cdl.models import resnet
 from cdl.sweep.grid import Point, points_in
 from cdl.sweep.programs import eta_of
 from cdl.sweep.store import Store
@@ -49,10 +50,8 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def probed(folder: Path, *words: str) -> dict[str, Any]:
-    id = point_in(folder).id
-    assert main(["probe", str(folder), id[:5], "--samples=128", "--curvature=0", *words]) == 0
-    return json.loads((folder / "probes" / id / "probe.json").read_text())
+def probed(folder: Path, **options: Any) -> dict[str, Any]:
+    return cdl.probe(folder, point_in(folder).id, **(dict(samples=128, curvature=0) | options)).numbers()
 
 
 def test_a_finished_run_keeps_its_newest_iterates_where_asked_to(trained: Path) -> None:
@@ -62,7 +61,9 @@ def test_a_finished_run_keeps_its_newest_iterates_where_asked_to(trained: Path) 
 def test_a_probe_measures_the_iterates_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Losses, distances and tangents against what the model itself says of the checkpoints."""
     point = point_in(run)
-    made = probed(run, "--curvature=2")
+    assert main(["probe", str(run), point.id[:5], "--samples=128", "--curvature=2"]) == 0
+    folder = run / "probes" / point.id
+    made = json.loads((folder / "probe.json").read_text())
     assert made["step"] == [0, 12, 16, 20, 24, 28, 32]
     c = point.config
     model, dataset = models.build(c.model.to_dict()), data.build(c.data)
@@ -93,11 +94,10 @@ def test_a_probe_measures_the_iterates_of_the_run(run: Path, capsys: pytest.Capt
     assert (whole["from"], whole["to"]) == (0, 32)
     assert (whole["loss_N"][0], whole["loss_N"][-1]) == pytest.approx((found[0], found[2]), rel=2e-6)
     assert 0 <= made["rounding"] < 1e-5
-    folder = run / "probes" / point.id
     assert (folder / "probe.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "7 iterates, steps 0 to 32" in said
-    assert "convex along the path (all pairs of iterates, gap <= 0.0001): from " in said
+    assert f"weakly convex along the path from step {made['convex_from']} on: gap <= 0.0001" in said
     assert f"Figure: {folder / 'probe.png'}" in said
 
 
@@ -125,19 +125,19 @@ def test_iterates_that_are_removed_while_they_are_read_are_left_out(run: Path, m
         return read_weights(path)
 
     monkeypatch.setattr(probing, "read_weights", read)
-    assert cdl.probe(run, id, samples=128, curvature=0).step_P.tolist() == [0, 12, 20, 24, 28, 32]
+    assert probed(run)["step"] == [0, 12, 20, 24, 28, 32]
 
 
 def test_a_damaged_iterate_is_said(run: Path) -> None:
     id = point_in(run).id
     (run / "checkpoints" / id / "step_20" / "record.json").write_text("{")
     with pytest.raises(UserError, match="step_20"):
-        cdl.probe(run, id, samples=128, curvature=0)
+        probed(run)
 
 
 def test_which_iterates_are_used_can_be_said(run: Path) -> None:
-    assert probed(run, "--iterates=4")["step"] == [0, 12, 20, 32]
-    assert probed(run, "--T=27")["step"] == [0, 12, 16, 20, 24]
+    assert probed(run, iterates=4)["step"] == [0, 12, 20, 32]
+    assert probed(run, T=27)["step"] == [0, 12, 16, 20, 24]
 
 
 def test_more_iterates_than_memory_holds_are_read_again(
@@ -150,10 +150,13 @@ def test_more_iterates_than_memory_holds_are_read_again(
     assert probed(run) == whole
     assert "memory holds 3 of 7 iterates" in capsys.readouterr().err
     with pytest.raises(UserError, match="--curvature=0"):
-        cdl.probe(run, point_in(run).id, samples=128, curvature=1)
+        probed(run, curvature=1)
 
 
-def test_batch_normalisation_uses_the_statistics_of_each_iterate(tmp_path: Path) -> None:
+def test_batch_normalisation_uses_the_statistics_of_each_iterate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(resnet.DEPTHS, 18, ((1,), False))  # one block instead of eight: they take long to compile
     model = ["model.name=resnet", "model.stem=cifar", "model.classes=10", "model.width=2", "data.augment=none"]
     model += ["optimizer.name=sgd", "eta_ref=0.3"]
     out = tmp_path / "run"
@@ -162,7 +165,7 @@ def test_batch_normalisation_uses_the_statistics_of_each_iterate(tmp_path: Path)
         == 0
     )
     point = point_in(out)
-    made = probed(out, "--samples=32", "--curvature=1")
+    made = probed(out, samples=32)
     assert made["step"] == [0, 3, 6]
     net, dataset = models.build(point.config.model.to_dict()), data.build(point.config.data)
     batches = dataset.batches(2**32 - 1, 0)
@@ -170,7 +173,6 @@ def test_batch_normalisation_uses_the_statistics_of_each_iterate(tmp_path: Path)
     params, stats = read_weights(out / "checkpoints" / point.id / "step_3")
     sums = [jax.jit(net.loss, static_argnums=3)(params, stats, batch, False)[0] for batch in sample]
     assert made["loss"][1] == pytest.approx(float(sum(s.loss for s in sums) / sum(s.count for s in sums)), rel=1e-5)
-    assert made["curvature"][0]["largest"] > made["curvature"][0]["smallest"]
 
 
 def test_what_is_wrong_is_said_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
