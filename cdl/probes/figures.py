@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from cdl.plots import GREY, finish, palette
 
 if TYPE_CHECKING:  # what is drawn draws itself by this function
-    from cdl.probing import Probe
+    from cdl.probes.result import Probe
 
 __all__ = ["probe_figure"]
 

@@ -5,8 +5,8 @@ nobody differentiates by, such as the statistics of batch normalisation.
 
 Precision. The numbers of one batch are as exact as the loss itself computes them, float32 for models: some 1e-7 of the
 loss. Batches are summed in float64 on the host (losses), in float32 on the device (gradients, products), and norms,
-distances and inner products are float64 sums of those float32 entries. So what is wrong with an inner product <d, g>
-is about 1e-6 |d| |g| at most.
+distances and inner products are float64 sums of those float32 entries; norms of mini-batch gradients are float32. So
+what is wrong with an inner product <d, g> is about 1e-6 |d| |g| at most.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class Loss:
             total, count_E = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), batch_E)
             return jax.tree.map(lambda x: x / count_E.sum(), total)
 
-        self._values, self._gradient, self._product = jax.jit(values), jax.jit(gradient), jax.jit(product)
+        self._values, self._gradient, self._product = map(_exact, (values, gradient, product))
 
     @classmethod
     def of(cls, loss: Callable[[Any], jax.Array]) -> "Loss":
@@ -100,6 +100,17 @@ class Loss:
         """v -> H v, trees like the parameters: the Hessian at a point, as forward mode over the gradient gives it."""
         here = jax.device_put(at)
         return lambda along: self._product(*here, along, self._batch_E)
+
+
+def _exact(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled with products of float32 in float32, which GPUs and TPUs would make of fewer digits."""
+    compiled = jax.jit(f)
+
+    def run(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return compiled(*arguments)
+
+    return run
 
 
 def inner(a: Any, b: Any) -> float:

@@ -85,11 +85,15 @@ def test_trees_are_what_they_are_flattened_to() -> None:
     assert found.vectors[0]["b"][0].shape == (2, 4)
 
 
-def test_without_orthogonalisation_it_would_find_the_largest_twice() -> None:
-    """One value far above the rest: the smallest is found though rounding would bring the largest back."""
-    values = np.concatenate([[1e4], np.linspace(-1, 0, 60)])
-    found = extreme_eigenvalues(product(matrix(values)), np.zeros(61), tolerance=1e-9, most=61)
-    assert found.smallest == pytest.approx(-1.0, abs=1e-6)
+def test_vectors_stay_orthogonal_long_after_a_value_has_been_found() -> None:
+    """One value far above the rest: rounding would bring it back, and a sum of vectors would have no unit norm."""
+    h_NxN = matrix(np.concatenate([[1e4], np.linspace(-1, 0, 200)]))
+    found = extreme_eigenvalues(product(h_NxN), np.zeros(201), tolerance=1e-14, most=80, vectors=True)
+    assert found.products == 80
+    assert found.vectors is not None
+    for vector, value in zip(found.vectors, (1e4, -1.0), strict=True):
+        assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-9)
+        np.testing.assert_allclose(h_NxN @ vector, value * vector, atol=1e-6 * abs(value) + 1e-3)
 
 
 def test_what_cannot_be_found_is_said() -> None:
