@@ -101,7 +101,8 @@ def _curvature(ax: Axes, probe: "Probe") -> None:
         ax.errorbar(step, value, yerr=error, fmt="o-", ms=4, lw=1.2, capsize=2, color=color, label=name)
     ax.axhline(0, color=GREY, lw=0.8)
     ax.set(xlabel="step", ylabel="eigenvalue")
-    ax.set_yscale("symlog", linthresh=0.01 * max(abs(b.spectrum.largest) for b in probe.bends) or 1.0)
+    size = max(abs(b.spectrum.largest) for b in probe.bends) or 1.0
+    ax.set_yscale("symlog", linthresh=10.0 ** np.floor(np.log10(0.1 * size)))
     stable = ax.twinx()
     stable.plot(step, [x for _, x in probe.sharpness], "s--", ms=4, lw=1, color="tab:green")
     stable.axhline(2, color="tab:green", lw=0.8, ls=":")
