@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cdl.laws.records import read_runs
     from cdl.laws.scaling import fit_scaling
     from cdl.planning import plan
+    from cdl.probing import probe
     from cdl.report import write_report
     from cdl.schedules import optax_schedule, schedule
     from cdl.sweep.store import sweep_table
@@ -35,6 +36,7 @@ __all__ = [
     "fit_scaling",
     "optax_schedule",
     "plan",
+    "probe",
     "read_runs",
     "run_sweep",
     "schedule",
@@ -55,6 +57,7 @@ _HOME = {
     "fit_scaling": "cdl.laws.scaling",
     "optax_schedule": "cdl.schedules",
     "plan": "cdl.planning",
+    "probe": "cdl.probing",
     "read_runs": "cdl.laws.records",
     "run_sweep": "cdl.cli_sweep",
     "schedule": "cdl.schedules",

@@ -149,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
         p.add_argument("--process", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
 
+    def keep_argument(p: argparse.ArgumentParser, also: str) -> None:
+        p.add_argument("--keep", action="store_true", help=f"keep {also} the newest checkpoint.keep saved iterates")
+
     alone = dict(distributed=False, coordinator=None, processes=None, process=None)
 
     def metrics_arguments(p: argparse.ArgumentParser) -> None:
@@ -186,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     config_arguments(p)
     p.add_argument("--out", metavar="DIR", help="folder of the sweep; run again to go on")
     p.add_argument("--dry-run", action="store_true", help="show the grid and what it costs here, and train nothing")
+    keep_argument(p, "of finished runs")
     worker_arguments(p)
     process_arguments(p)
     metrics_arguments(p)
@@ -213,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--longest", type=_whole_number, metavar="N", help="updates of the longest (default: half of --T)")
     worker_arguments(p)
     metrics_arguments(p)
-    p.set_defaults(profile=None, **alone)
+    p.set_defaults(profile=None, keep=False, **alone)
 
     p = verb(
         "worker",
@@ -223,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("folder", help="folder of a sweep, which all of its workers see")
     p.add_argument("--lanes", type=int, metavar="N", help="runs side by side (default: a core each, or as many as pay)")
+    keep_argument(p, "of finished runs")
     metrics_arguments(p)
     p.add_argument("--grid", help=argparse.SUPPRESS)  # from here on, for whoever starts it
     p.add_argument("--job", help=argparse.SUPPRESS)
@@ -257,6 +262,33 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--csv", metavar="FILE", help="write them as CSV (default: print them so)")
     p.add_argument("--parquet", metavar="FILE", help="write them as Parquet")
 
+    p = verb(
+        "probe",
+        _later("cli_probe", "probe"),
+        "how convex training is along the saved iterates of a run",
+        "cdl train --config=configs/demo.py --out=runs/one T=800 checkpoint.steps=20 checkpoint.keep=40 --keep\n"
+        "  cdl probe runs/one 76be",
+    )
+    p.add_argument("folder", help="folder of a sweep, or the --out of cdl train")
+    p.add_argument("id", help="id of the run, or how it begins")
+    p.add_argument("--out", metavar="DIR", help="folder for probe.json and probe.png (default: FOLDER/probes/<id>)")
+    p.add_argument(
+        "--samples",
+        type=_whole_number,
+        default=16384,
+        metavar="N",
+        help="tokens or images of training data (default: 16384)",
+    )
+    p.add_argument("--iterates", type=int, default=50, metavar="N", help="iterates to use at most (default: 50)")
+    p.add_argument(
+        "--curvature", type=int, default=5, metavar="N", help="at how many of them to find eigenvalues (default: 5)"
+    )
+    p.add_argument("--T", type=_whole_number, metavar="N", help="end at the last iterate of at most so many updates")
+    p.add_argument(
+        "--tolerance", type=float, default=1e-4, metavar="GAP", help="up to which a gap counts as none (default: 1e-4)"
+    )
+    p.set_defaults(**alone)
+
     p = verb("rm", _later("cli_store", "rm"), "remove runs of a sweep", "cdl rm runs/demo --status=diverged")
     p.add_argument("folder", help="folder of a sweep")
     p.add_argument("ids", nargs="*", metavar="ID", help="ids of runs, or how they begin")
@@ -271,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     config_arguments(p)
     p.add_argument("--out", metavar="DIR", help="folder for the result (default: runs/train-<id>)")
+    keep_argument(p, "beside the last")
     process_arguments(p)
     metrics_arguments(p)
     p.add_argument(

@@ -14,7 +14,7 @@ from cdl.errors import UserError, say
 from cdl.status import Watch, show_status
 from cdl.sweep.store import Store
 
-__all__ = ["ls", "rm", "show", "status", "table"]
+__all__ = ["ls", "one_run", "rm", "show", "status", "table"]
 
 _ALWAYS = ["id", "status", "eta_ref", "T", "seed", "loss", "seconds"]
 
@@ -61,7 +61,7 @@ def _points(store: Store) -> pd.DataFrame:
 def show(arguments: argparse.Namespace) -> None:
     """`cdl show`: all that is known of a point."""
     store = Store(arguments.folder)
-    id = _one(store, arguments.id)
+    id = one_run(store, arguments.id)
     if id in store.ids():
         known = store.result(id)
         curve = store.curve(id)
@@ -110,7 +110,7 @@ def rm(arguments: argparse.Namespace) -> None:
     if bool(arguments.ids) == bool(arguments.status):
         raise UserError("name the runs to remove, or say which kind: --status=failed, diverged, done or all")
     if arguments.ids:
-        ids = {_one(store, id) for id in arguments.ids}
+        ids = {one_run(store, id) for id in arguments.ids}
     else:
         statuses = {id: store.result(id)["status"] for id in store.ids()} | dict.fromkeys(store.failed(), "failed")
         ids = {id for id, status in statuses.items() if arguments.status in (status, "all")}
@@ -157,8 +157,12 @@ def status(arguments: argparse.Namespace) -> None:
     show_status(arguments.folder, arguments.watch)
 
 
-def _one(store: Store, beginning: str) -> str:
-    """The id that begins so."""
+def one_run(store: Store, beginning: str) -> str:
+    """The id of a sweep's run that begins so.
+
+    Raises:
+      UserError: none does, or several do.
+    """
     known = {*store.ids(), *store.expected(), *(f.name for f in store.begun())}
     found = sorted(id for id in known if id.startswith(beginning))
     if len(found) != 1:

@@ -41,7 +41,7 @@ __all__ = ["run_sweep", "sweep", "trainer", "worker"]
 _SHOWN = 100  # rows of a grid
 # `cdl sweep` without options
 _ALONE: dict[str, Any] = dict(backend="local", workers=None, lanes=None, tensorboard=False, wandb=None, profile=None)
-_ALONE |= dict(distributed=False, coordinator=None, processes=None, process=None)
+_ALONE |= dict(distributed=False, coordinator=None, processes=None, process=None, keep=False)
 
 Trainer = Callable[[Path, Sequence[Point], int | None], object]  # of points, into a folder, in so many lanes
 
@@ -217,6 +217,7 @@ def _train_by_workers(arguments: argparse.Namespace, root: Path, points: Sequenc
 def _backend(arguments: argparse.Namespace, root: Path, points: Sequence[Point], lanes: int | None) -> Backend:
     words = [str(root.absolute()), f"--grid={grid_name(points)}"]
     words += [f"--lanes={lanes}"] if lanes else []
+    words += ["--keep"] if arguments.keep else []
     words += ["--tensorboard"] if arguments.tensorboard else []
     words += [f"--wandb={arguments.wandb}"] if arguments.wandb else []
     command, logs = [sys.executable, "-m", "cdl.cli", "worker", *words], root.absolute() / "logs"

@@ -203,7 +203,8 @@ def train_points(
     stop: Callable[[], bool] = lambda: False,
 ) -> Store:
     """Train what the folder lacks of these points, in this process; see `cdl.sweep.run.run_points`."""
-    check_same(json.dumps([[p.id, p.program] for p in points] + [root.name, lanes, keep]))  # paths may differ
+    keep, path = keep or arguments.keep, arguments.keep
+    check_same(json.dumps([[p.id, p.program] for p in points] + [root.name, lanes, keep, path]))  # paths may differ
     for point in points:
         layout(point.config, len(points), lanes)
     store, out = Store(root), console()
@@ -238,6 +239,7 @@ def train_points(
                 listeners,
                 lanes,
                 keep=keep,
+                path=path,
                 give_up=give_up,
                 wait=wait,
                 about=about,

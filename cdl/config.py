@@ -80,7 +80,7 @@ def base() -> ConfigDict:
     The sections compute (`cdl.compute.Compute`), mesh (sizes of `cdl.sharding.AXES`; -1: what the others
     leave) and checkpoint say how a run is computed and not what (`HOW`). checkpoint.seconds: between two saves of
     unfinished runs. checkpoint.steps: updates between two saves of a run, 0: by the clock alone. checkpoint.keep: how
-    many of a run stay.
+    many of a run stay while it is trained, and with --keep after it.
     """
     return ConfigDict(
         dict(

@@ -14,15 +14,15 @@ ROOT = Path(cdl.__file__).parent
 LAYERS = [
     {"cli"},
     {"cli_pilot"},
-    {"cli_sweep"},
+    {"cli_sweep", "cli_probe"},
     {"cli_train", "cli_store"},
     {"report", "cli_theory", "cli_laws", "cli_data"},
     {"launch", "progress", "status", "cli_output"},
     {"metrics", "pilot"},
-    {"planning"},
+    {"planning", "probing"},
     {"sweep"},
     {"train", "config"},
-    {"models", "optim", "data", "laws"},
+    {"models", "optim", "data", "laws", "probes"},
     {"theory"},
     {"schedules", "plots", "sharding", "compute", "wording"},
     {"errors"},
@@ -63,6 +63,12 @@ def test_imports_point_downward() -> None:
 def test_laws_import_neither_model_nor_trainer() -> None:
     for file in (ROOT / "laws").glob("*.py"):
         assert imports_of(file) <= {"errors", "laws", "plots", "schedules", "theory"}
+
+
+def test_probes_import_neither_model_nor_trainer() -> None:
+    for file in (ROOT / "probes").glob("*.py"):
+        assert imports_of(file) <= {"errors", "plots", "probes"}
+        assert "flax" not in file.read_text()
 
 
 def test_theory_stands_alone() -> None:

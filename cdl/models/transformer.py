@@ -205,7 +205,8 @@ def scores(x_NxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
 
 
 def _scores_forward(x_NxD: jax.Array, table_VxD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return scores(x_NxD, table_VxD), (x_NxD, table_VxD)
+    # Not by `scores`, which has no forward mode: products with a Hessian take it of this function.
+    return _product("nd,vd->nv", x_NxD, table_VxD.astype(x_NxD.dtype)), (x_NxD, table_VxD)
 
 
 def _scores_backward(kept: tuple[jax.Array, jax.Array], ct_NxV: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -70,6 +70,7 @@ def run_points(
     lanes: int | None = None,
     *,
     keep: bool = False,
+    path: bool = False,
     give_up: bool = False,
     wait: bool = True,
     about: Mapping[str, Any] | None = None,
@@ -86,6 +87,7 @@ def run_points(
       listeners: told of progress, one after the other.
       lanes: runs side by side; see `layout`.
       keep: keep the last checkpoint of finished runs.
+      path: with `keep`: and those before it, as many as `checkpoint.keep` says.
       give_up: a run that raises, or whose process ends, is tried again, in the end recorded as failed, and the others
         go on. Else what it raises is raised.
       wait: for runs that other processes train, which may die over them.
@@ -116,7 +118,7 @@ def run_points(
         listeners = [*listeners, _Telling(worker)]
         for listener in listeners:
             listener.start(todo, len(points) - len(todo), max(where.at_once for where in layouts.values()), by_point)
-        sweep, waits = _Sweep(store, worker, listeners, keep, give_up, stop), False
+        sweep, waits = _Sweep(store, worker, listeners, keep, path, give_up, stop), False
         while groups:
             if in_first_process(worker.buried):
                 in_first_process(worker.reborn)
@@ -151,6 +153,7 @@ class _Sweep(NamedTuple):
     worker: Worker
     listeners: Sequence[Listener]
     keep: bool
+    path: bool
     give_up: bool
     stop: Callable[[], bool]
 
@@ -365,7 +368,7 @@ def _train_group(
             )
             return  # the others are saved, as when asked to stop
         del opened[point.id]
-        checkpoints.finish()
+        checkpoints.finish(sweep.path)
         store.release(point)  # and with it what is not to be kept
         tell(lambda listener: listener.finished(point, result))
 

@@ -8,6 +8,7 @@
     runs/demo/checkpoints/<id>/     of a run under way, and of a finished one whose weights are kept: run.json (config,
                                     devices, versions), claims of processes that train it, its checkpoints; failed.json
                                     where it was given up
+    runs/demo/probes/<id>/          what `cdl probe` has measured of a run
     runs/demo/workers/<name>.json   a process that trains; .dead beside it: it does no more (see `cdl.sweep.claims`)
 
 No two processes have to write one file at once. The folder of a point is written under a temporary name and renamed, so

@@ -34,7 +34,7 @@ from cdl.errors import UserError, say
 from cdl.train.checksum import checksums
 from cdl.train.distributed import on_all_processes
 
-__all__ = ["Checkpoints", "Restored", "read_weights"]
+__all__ = ["Checkpoints", "Restored", "read_weights", "saved_steps"]
 
 _RECORD = "record.json"
 _MEET_SECONDS = 300  # that processes wait for one whose part of a save has failed, which then fails for all
@@ -80,7 +80,7 @@ class Checkpoints:
         self._latest: int | None = None
         self._abandoned = False
         try:
-            for step, record in self._records(_steps(self._folder)):
+            for step, record in self._records(saved_steps(self._folder)):
                 self._check(step, "of another run", _fields(record["about"]), _fields(self._about))
         except OSError as error:
             raise UserError(f"{self._folder} cannot be read ({_one_line(error)}); its owner has to allow it") from None
@@ -132,7 +132,7 @@ class Checkpoints:
 
     def found(self) -> bool:
         """Is there a checkpoint, whole or damaged?"""
-        return bool(_from_first_process(_steps(self._folder)))
+        return bool(_from_first_process(saved_steps(self._folder)))
 
     def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that is whole, or None if there is none; damaged ones are said and set aside.
@@ -148,7 +148,7 @@ class Checkpoints:
         for leaf in jax.tree.leaves(like):
             leaf.sharding.shard_shape(leaf.shape)  # raises here, not where it would look like damage
         _orbax()
-        steps = _from_first_process(_steps(self._folder))
+        steps = _from_first_process(saved_steps(self._folder))
         here = {name: _kind(leaf) for name, leaf in _by_name(like)[0].items()}
         for step, record in self._records(steps):
             there = {name: kind for name, (kind, _) in record["leaves"].items()}
@@ -197,10 +197,10 @@ class Checkpoints:
         """Change nothing in the folder any more: it has become another process's."""
         self._abandoned = True
 
-    def finish(self) -> None:
-        """Wait for the last save and keep that alone. For runs that have ended."""
+    def finish(self, path: bool = False) -> None:
+        """Wait for the last save and keep that alone, or with `path` the newest few. For runs that have ended."""
         self.wait()
-        self._prune(1)
+        self._prune(self._keep if path else 1)
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step_{step}"
@@ -209,7 +209,7 @@ class Checkpoints:
         """Remove all but the newest few."""
         if jax.process_index() == 0 and not self._abandoned:
             with contextlib.suppress(OSError):  # what stays takes space, no more
-                for old in _steps(self._folder)[:-keep]:  # renamed first: half of one is no checkpoint
+                for old in saved_steps(self._folder)[:-keep]:  # renamed first: half of one is no checkpoint
                     self._path(old).rename(self._folder / f"deleted-step_{old}")
         self._clean()
 
@@ -240,7 +240,7 @@ class Checkpoints:
         self._clean()
         good: list[int] = []
         with contextlib.suppress(OSError):
-            good = [s for s in _steps(self._folder) if s != step]
+            good = [s for s in saved_steps(self._folder) if s != step]
         last = f"the last good one is of step {good[-1]}" if good else "there is none before it"
         self._say(f"CHECKPOINT FAILED at step {step} in {self._folder} ({_one_line(error)}); the run goes on; {last}")
 
@@ -308,7 +308,7 @@ def read_weights(folder: Path) -> tuple[Any, Any]:
       UserError: there is none.
     """
     one = _STEP.fullmatch(folder.name)
-    paths = [folder] if one else [folder / f"step_{step}" for step in reversed(_steps(folder))]
+    paths = [folder] if one else [folder / f"step_{step}" for step in reversed(saved_steps(folder))]
     why = "there is no checkpoint in it"
     for path in paths:
         try:
@@ -343,7 +343,7 @@ def _weights(path: Path) -> tuple[Any, Any]:
     return tree["params"], tree.get("stats", {})
 
 
-def _steps(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, rising."""
     if not folder.is_dir():
         return []
