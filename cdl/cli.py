@@ -289,6 +289,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(**alone)
 
+    p = verb(
+        "export",
+        _later("cli_export", "export"),
+        "write the weights of a run for other tools, adapters merged",
+        "cdl export runs/one 76be --out=weights/one",
+    )
+    p.add_argument("folder", help="folder of a sweep, or the --out of cdl train")
+    p.add_argument("id", help="id of the run, or how it begins")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to make, for transformers and for init=DIR")
+
     p = verb("rm", _later("cli_store", "rm"), "remove runs of a sweep", "cdl rm runs/demo --status=diverged")
     p.add_argument("folder", help="folder of a sweep")
     p.add_argument("ids", nargs="*", metavar="ID", help="ids of runs, or how they begin")

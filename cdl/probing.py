@@ -20,14 +20,14 @@ from cdl.compute import Compute
 from cdl.data import build as data
 from cdl.errors import UserError, say
 from cdl.models import build as models
+from cdl.models.lora import LoRA
 from cdl.probes.convexity import Path as Measured
 from cdl.probes.convexity import measure_path, ray, segment
 from cdl.probes.curvature import extreme_eigenvalues, most_steps
 from cdl.probes.result import Bend, Probe
 from cdl.probes.sample import Gradient, Iterate, Loss, inner, toward
 from cdl.sweep import initial
-from cdl.sweep.grid import Point, points_in
-from cdl.sweep.programs import check_files, eta_of
+from cdl.sweep.programs import check_files, eta_of, stored_point
 from cdl.sweep.store import Store
 from cdl.train.checkpoint import read_weights, saved_steps
 
@@ -73,7 +73,7 @@ def probe(
     if not tolerance >= 0:
         raise UserError(f"--tolerance={tolerance} must be at least 0")
     store = Store(Path(folder))
-    point = _point(store, id)
+    point = stored_point(store, id)
     check_files([point])
     c = point.config
     steps = [s for s in saved_steps(store.checkpoints(point)) if T is None or s <= T]
@@ -84,7 +84,9 @@ def probe(
         raise UserError(f"of the iterates of run {id}{up_to} {there} is saved, and probing needs two; {HOW_TO_SAVE}")
     # What fused attention computes has no second derivative; and in bfloat16 gaps would be rounding.
     exact = c.model.to_dict() | {"dtype": "float32"}
-    model = models.build(exact, Compute(remat=c.compute.remat, attention="xla"))
+    model = models.build(exact, Compute(remat=c.compute.remat, attention="xla"), LoRA(**c.lora))
+    if c.lora.rank:
+        model = model.over(initial.load(c)[0])
     dataset = data.build(c.data)
     tell("reading iterates")
     saved = _Iterates(store.checkpoints(point), c, model, _spread(steps, iterates - 1), hold=not done)
@@ -132,7 +134,7 @@ class _Iterates:
 
     def __init__(self, folder: Path, c: ConfigDict, model: models.Model, steps: Sequence[int], hold: bool):
         self._folder, self._kept = folder, dict[int, Iterate]()
-        params, stats = initial.load(c) if c.init else jax.device_get(jax.jit(model.init)(c.seed))
+        params, stats = initial.load(c) if c.init and not c.lora.rank else jax.device_get(jax.jit(model.init)(c.seed))
         self._kept[0] = Iterate(params, stats)
         size = sum(x.nbytes for x in jax.tree.leaves(self._kept[0]))
         self._fit = max(2, int(_SHARE * free_memory() // size))
@@ -170,14 +172,6 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _point(store: Store, id: str) -> Point:
-    for grid in store.grids():
-        for point in points_in(grid):
-            if point.id == id:
-                return point
-    raise UserError(f"{store.root} has no run {id}; cdl ls {store.root} lists them")
 
 
 def _spread(there: Sequence[int], count: int) -> list[int]:

@@ -2,9 +2,9 @@
 
     python experiments/fig02_resnet_sgd.py [--scale=laptop|gpu|paper]
 
-`laptop`: a ResNet-18 of width 8 on scikit-learn's digits, shifted and mirrored at random, 2,000 updates. `gpu`: the same
-of width 64, 5,000 updates. `paper`: ImageNet in data/imagenet, 5,000 updates. Peak rates are the paper's (Appendix B).
-See experiments/paper.py for options.
+`laptop`: a ResNet-18 of width 8 on scikit-learn's digits, shifted and mirrored at random, 1,000 updates of 32 images.
+`gpu`: width 64, 5,000 updates of 256. `paper`: ImageNet in data/imagenet, 5,000 updates of 256. Peak rates are the
+paper's (Appendix B). See experiments/paper.py for options.
 """
 
 from four_schedules import four_schedules
@@ -22,7 +22,7 @@ def sweeps(scale: str) -> list[Sweep]:
 
 def experiment(lab: Lab) -> Outcome:
     """Train, fit and draw."""
-    return four_schedules(lab, *sweeps(lab.scale), PEAKS, "ResNet-18 with SGD")
+    return four_schedules(lab, sweeps(lab.scale)[0], list(PEAKS), "ResNet-18 with SGD")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def sweeps(scale: str) -> list[Sweep]:
 
 def experiment(lab: Lab) -> Outcome:
     """Train, fit and draw."""
-    return four_schedules(lab, *sweeps(lab.scale), FOUR_SCHEDULES, "GPT-2 with Muon-NSGD")
+    return four_schedules(lab, sweeps(lab.scale)[0], list(FOUR_SCHEDULES), "GPT-2 with Muon-NSGD")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ is fitted to the same losses beside it; both are scored on what they had not see
 are; so there is also the most lenient one, in sample, fitted to all losses of the run from its first record on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,17 @@ EARLY = 0.02  # of a run
 GOOD = 0.95  # R2 that the paper reports at least
 
 
-def four_schedules(lab: Lab, sweep: Sweep, shapes: Mapping[str, dict[str, Any]], what: str) -> Outcome:
+def four_schedules(lab: Lab, sweep: Sweep, names: Sequence[str], what: str) -> Outcome:
     """Train, fit and draw.
 
     Args:
-      sweep: without grid: peak rate and schedule of each run come from `shapes`, name -> changes.
+      sweep: of four runs. names: of their schedules.
       what: is trained, in words.
     """
     runs = lab.train(sweep)
     figure = Figure(figsize=(10, 7), layout="constrained")
-    colors, numbers = palette(list(shapes)), {}
-    for i, (ax, name) in enumerate(zip(figure.subplots(2, 2).ravel(), shapes, strict=True)):
+    colors, numbers = palette(names), {}
+    for i, (ax, name) in enumerate(zip(figure.subplots(2, 2).ravel(), names, strict=True)):
         row = runs.table.iloc[i]
         if row["status"] != "done":
             ax.set_title(f"{name}: diverged", loc="left", fontsize=10)
@@ -85,14 +85,14 @@ def four_schedules(lab: Lab, sweep: Sweep, shapes: Mapping[str, dict[str, Any]],
             Claim(
                 f"{what}: (3.1) describes the losses under four schedules with R2 >= {GOOD}",
                 f"R2 in sample: {_listed(done, 'paper', 'r2_in_sample')}",
-                len(done) == len(shapes) and all(x["paper"]["r2_in_sample"] >= GOOD for x in done.values()),
+                len(done) == len(names) and all(x["paper"]["r2_in_sample"] >= GOOD for x in done.values()),
             ),
             Claim(
                 f"{what}: (3.1), fitted to half of the iterations, predicts the other half with R2 >= {GOOD}",
                 f"R2 on the second half: {_listed(done, 'paper', 'r2_second_half')}; over the run: "
                 f"{_listed(done, 'paper', 'r2')}; on the second half, of the law of docs/laws.md: "
                 f"{_listed(done, 'convex', 'r2_second_half')}",
-                len(done) == len(shapes) and all(x["paper"]["r2_second_half"] >= GOOD for x in done.values()),
+                len(done) == len(names) and all(x["paper"]["r2_second_half"] >= GOOD for x in done.values()),
             ),
         ],
     )

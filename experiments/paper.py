@@ -35,7 +35,7 @@ SCALES = ("laptop", "gpu", "paper")
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs that a script needs. folder: under DIR. config: of one run. grid: changes of each run. keep: their weights."""
+    """Runs that a script needs. folder: under DIR. config: of one. grid: changes of each. keep: are weights kept?"""
 
     folder: str
     config: ConfigDict

@@ -26,8 +26,8 @@ def one_run(scale: str, optimizer: str) -> ConfigDict:
         width = 8 if scale == "laptop" else 64
         c.model = cdl.config.section("model", "resnet", **resnet.arguments(18, stem="cifar", classes=10, width=width))
         c.data.augment = "crop_flip"
-        c.T = 2000 if scale == "laptop" else 5000
+        c.T, c.data.batch_size = (1000, 32) if scale == "laptop" else (5000, 256)
         if optimizer == "adamw":
             c.optimizer = cdl.config.section("optimizer", "adamw", b1=0.9, b2=0.999, weight_decay=0.01)  # Appendix B
-    c.eval.times = 100
+    c.eval.times = 50 if scale == "laptop" else 100
     return c

@@ -27,7 +27,7 @@ class LoRA(NamedTuple):
 
     rank: int = 0
     alpha: float = 32.0
-    targets: str = "attention/(qkv|query|value)$"
+    targets: str = "attention/(qkv|q|v)$"
 
 
 def lora_arguments() -> dict[str, Any]:

@@ -12,13 +12,14 @@ from cdl.compute import Compute
 from cdl.data import build as data
 from cdl.errors import UserError
 from cdl.models import build as models
-from cdl.models import pretrained
+from cdl.models import pretrained, vlm
 from cdl.models.lora import LoRA
 from cdl.optim import build as optimizers
 from cdl.schedules import schedule
 from cdl.sweep import initial
-from cdl.sweep.grid import Point, expand
+from cdl.sweep.grid import Point, expand, points_in
 from cdl.sweep.layout import Layout
+from cdl.sweep.store import Store
 from cdl.train.distributed import in_every_process
 from cdl.train.flops import StepCost, peak_flops, step_flops
 from cdl.train.step import Program
@@ -32,6 +33,7 @@ __all__ = [
     "points_of",
     "program_for",
     "step_cost",
+    "stored_point",
 ]
 
 _BLOCK_BYTES = 4 << 20  # of batches in one dispatch and lane
@@ -57,6 +59,19 @@ def points_of(config: ConfigDict, changes: Sequence[Mapping[str, Any]]) -> list[
             data.build(point.config.data).check(point.config.model.to_dict())
             checked.add(point.program)
     return points
+
+
+def stored_point(store: Store, id: str) -> Point:
+    """A point of a sweep, finished or not, by its id.
+
+    Raises:
+      UserError: the sweep has none with this id, or one of another version of cdl.
+    """
+    for grid in store.grids():
+        for point in points_in(grid):
+            if point.id == id:
+                return point
+    raise UserError(f"{store.root} has no run {id}; cdl ls {store.root} lists them")
 
 
 def check_files(points: Sequence[Point]) -> None:
@@ -146,6 +161,10 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
         fit = " or ".join(repr(name) for name, kind in data.DATA.items() if kind.takes == model.data)
         raise UserError(f"model.name={c.model.name!r} takes data.name={fit} and not {c.data.name!r}")
     data.check_section(c.data, c.model.to_dict())
+    if c.data.name == "vqa":
+        for name, made in (("image_tokens", vlm.image_tokens(c.model)), ("image_size", c.model.image_size)):
+            if c.data[name] != made:
+                raise UserError(f"data.{name}={c.data[name]}, but the model's images have {made}; set it to {made}")
     absent = [str(path) for path in pretrained.paths_of(c.model.name, c.init) if not path.exists()] if c.init else []
     if absent:
         which = f" ({', '.join(absent)})" if "," in c.init else ""
@@ -155,7 +174,10 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
             f"compute.microbatches={c.compute.microbatches}: model.name={c.model.name!r} normalises over the whole "
             f"batch; use 1, and more devices along mesh.data"
         )
-    return model, optimizers.build(c.optimizer.to_dict(), model.rules)
+    optimizer = optimizers.build(c.optimizer.to_dict(), model.rules)
+    if c.optimizer.rates:  # says whether the paths are the model's
+        jax.eval_shape(optimizer.init, jax.eval_shape(model.init, 0)[0])
+    return model, optimizer
 
 
 def eta_of(c: ConfigDict) -> np.ndarray:
