@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,19 @@ def test_more_iterates_than_memory_holds_are_read_again(
 ) -> None:
     whole = probed(run)
     size = sum(x.nbytes for x in jax.tree.leaves(models.build(point_in(run).config.model.to_dict()).init(0)))
+    reads = Counter[str]()
+
+    def read(path: Path) -> Any:
+        reads[path.name] += 1
+        return read_weights(path)
+
     monkeypatch.setattr(probing, "free_memory", lambda: 7 * size)
+    monkeypatch.setattr(probing, "read_weights", read)
     capsys.readouterr()
     assert probed(run) == whole
     assert "memory holds 3 of 7 iterates" in capsys.readouterr().err
+    assert (reads["step_12"], reads["step_16"]) == (1, 1)  # kept, with the first
+    assert min(reads[f"step_{s}"] for s in (20, 24, 28, 32)) >= 7  # for each gradient
     with pytest.raises(UserError, match="--curvature=0"):
         probed(run, curvature=1)
 
