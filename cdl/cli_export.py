@@ -24,6 +24,5 @@ def export(arguments: argparse.Namespace) -> None:
     if c.lora.rank:
         params = merge(initial.load(c)[0], params, LoRA(**c.lora))
     pretrained.save(c.model.to_dict(), params, stats, arguments.out)
-    print(
-        f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters after {store.saved(point)} updates: {arguments.out}"
-    )
+    n = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{n:,} parameters after {store.saved(point)} updates: {arguments.out}")

@@ -14,7 +14,7 @@ ROOT = Path(cdl.__file__).parent
 LAYERS = [
     {"cli"},
     {"cli_pilot"},
-    {"cli_sweep", "cli_probe"},
+    {"cli_sweep", "cli_probe", "cli_export"},
     {"cli_train", "cli_store"},
     {"report", "cli_theory", "cli_laws", "cli_data"},
     {"launch", "progress", "status", "cli_output"},

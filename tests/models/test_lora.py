@@ -167,7 +167,7 @@ def test_a_run_keeps_its_adapters_alone_and_merges_them(start: Path, tmp_path: P
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"}
     # What was merged evaluates as the run did.
-    evaluated = ["train", f"--config={TINY}", f"init={tmp_path / 'merged'}", "T=1", "eta_ref=1e-12"]
+    evaluated = ["train", f"--config={TINY}", f"init={tmp_path / 'merged'}", "T=3", "eta_ref=1e-12"]
     assert main([*evaluated, f"--out={tmp_path / 'again'}"]) == 0
     (again,) = Store(tmp_path / "again").table()["loss"]
     (loss,) = Store(tmp_path / "out").table()["loss"]
