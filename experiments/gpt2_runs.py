@@ -7,6 +7,7 @@ from paper import config
 
 import cdl.config
 from cdl.models import gpt2
+from cdl.sweep.grid import Grid, product
 
 WARMUP = 0.02  # Appendix B: "2% of the total steps"
 
@@ -36,3 +37,18 @@ def one_run(scale: str, optimizer: str, size: str = "") -> ConfigDict:
     elif size:
         c.model = cdl.config.section("model", "gpt2", **gpt2.arguments(size))
     return c
+
+
+# Muon-NSGD at the scales that train all sizes: rates x horizons of each. The first is that of Figure 9.
+GRIDS: dict[str, dict[str, Grid]] = {
+    "laptop": {
+        "120k": product(eta_ref=[0.5, 1.0, 2.0, 4.0], T=[100, 200, 400, 700, 1000, 1600]),
+        "30k": product(eta_ref=[0.5, 1.0, 2.0, 4.0], T=[100, 200, 400, 700, 1000]),
+        "900k": product(eta_ref=[1.0, 2.0], T=[100, 200, 300, 400, 600]),
+    },
+    "gpu": {
+        "29M": product(eta_ref=[1.0, 2.0, 4.0, 8.0], T=[500, 1000, 2000, 4000, 8000, 16_000]),
+        "11M": product(eta_ref=[1.0, 2.0, 4.0, 8.0], T=[500, 1000, 2000, 4000, 8000]),
+        "124M": product(eta_ref=[2.0, 4.0], T=[500, 1000, 2000, 4000]),
+    },
+}

@@ -54,11 +54,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """figure: in the paper's form. numbers: all that it shows, for json. claims: what the paper says of them."""
+    """figure: in the paper's form, None for a table. numbers: all that it shows, for json. claims: what the paper says
+    of them. text: a table in Markdown, to be printed."""
 
-    figure: Figure
+    figure: Figure | None
     numbers: Mapping[str, Any]
     claims: Sequence[Claim]
+    text: str = ""
 
 
 class Runs:
@@ -78,10 +80,10 @@ class Runs:
 
 
 class Lab:
-    """Where a script's runs are trained. scale, out: as said on the command line."""
+    """Where a script's runs are trained. scale, out, data: as said on the command line."""
 
-    def __init__(self, scale: str, out: Path, sweep_arguments: argparse.Namespace):
-        self.scale, self.out, self._arguments = scale, out, sweep_arguments
+    def __init__(self, scale: str, out: Path, data: str | None, sweep_arguments: argparse.Namespace):
+        self.scale, self.out, self.data, self._arguments = scale, out, data, sweep_arguments
         self.seconds: dict[str, float] = {}
         self.device, self.versions = "", {}
 
@@ -113,11 +115,12 @@ def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> No
     )
     parser.add_argument("--scale", choices=SCALES, default="laptop")
     parser.add_argument("--out", metavar="DIR", help="folder for runs, figure and numbers (default: runs/paper-SCALE)")
+    parser.add_argument("--data", metavar="PATH", help="published runs, for figures that the paper makes of such")
     arguments, rest = parser.parse_known_args()
     out = Path(arguments.out or f"runs/paper-{arguments.scale}")
 
     def work(sweep_arguments: argparse.Namespace) -> None:
-        lab = Lab(arguments.scale, out, sweep_arguments)
+        lab = Lab(arguments.scale, out, arguments.data, sweep_arguments)
         outcome = experiment(lab)
         out.mkdir(parents=True, exist_ok=True)
         name = Path(file).stem
@@ -134,21 +137,42 @@ def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> No
             numbers=outcome.numbers,
         )
         (out / f"{name}.json").write_text(json.dumps(written, indent=1, default=_plain) + "\n")
-        outcome.figure.savefig(out / f"{name}.png", dpi=110)
+        if outcome.text:
+            print(outcome.text)
+            (out / f"{name}.md").write_text(outcome.text + "\n")
+        if outcome.figure:
+            outcome.figure.savefig(out / f"{name}.png", dpi=110)
+            print(f"Figure: {out / f'{name}.png'}")
         for claim in outcome.claims:
             verdict = {True: "agrees", False: "DISAGREES", None: "not tested at this scale"}[claim.agrees]
             print(f"Paper: {claim.paper}\nHere:  {claim.here} ({verdict})")
-        print(f"Figure: {out / f'{name}.png'}\nNumbers: {out / f'{name}.json'}")
+        print(f"Numbers: {out / f'{name}.json'}")
 
     sweep_arguments = parse(["sweep", "--config=", f"--out={out}", *rest])
     sweep_arguments.run = work
     sys.exit(run(sweep_arguments))
 
 
-def need(lab: Lab, *scales: str) -> None:
-    """Raises UserError where a script has no such scale."""
-    if lab.scale not in scales:
-        raise UserError(f"--scale={lab.scale} does not exist for this figure; use {' or '.join(scales)}")
+def published(lab: Lab, what: str, *files: str) -> Path:
+    """The path of --data, with these files in it.
+
+    Raises:
+      UserError: there is none.
+    """
+    if lab.data is None:
+        raise UserError(f"--scale=paper makes this of published runs; give --data, {what}")
+    path = Path(lab.data)
+    missing = (
+        [file for file in files if not (path / file).is_file()] if files else [] if path.is_file() else [path.name]
+    )
+    if missing:
+        raise UserError(f"--data={lab.data!r} lacks {missing[0]}; give {what}")
+    return path
+
+
+def span(values: Sequence[float], form: str = ".3f") -> str:
+    """The least and the largest of numbers."""
+    return f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
 
 
 def _plain(x: Any) -> Any:
