@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-check test test-slow lint format clean
+.PHONY: demo demo-check paper-laptop test test-slow lint format clean
 
 demo: .venv/cdl  ## a real sweep, its law, a figure and a prediction: about five minutes on two cores
 	$(BIN)/cdl sweep --config=configs/demo.py --out=runs/demo
 
 demo-check: .venv/cdl  ## the demo, then train the predicted horizon and compare
 	$(BIN)/cdl sweep --config=configs/demo.py --out=runs/demo --check
+
+paper-laptop: .venv/paper  ## every figure and table of the paper in small, and experiments/RESULTS.md: most of an hour
+	for script in experiments/fig[0-9]*.py experiments/tab[0-9]*.py; do $(BIN)/python $$script || exit; done
+	$(BIN)/python experiments/results.py runs/paper-laptop
 
 test: .venv/test  ## the tests, but for slow ones
 	$(BIN)/python -m pytest -n auto
@@ -37,6 +41,10 @@ clean:  ## everything that make has made; results in runs/ stay
 
 .venv/cdl: .venv/python setup.cfg pyproject.toml constraints.txt
 	$(PIP) --editable .
+	@touch $@
+
+.venv/paper: .venv/cdl
+	$(PIP) --editable '.[paper]'
 	@touch $@
 
 .venv/test: .venv/cdl

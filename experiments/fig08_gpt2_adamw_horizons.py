@@ -2,7 +2,7 @@
 
     python experiments/fig08_gpt2_adamw_horizons.py [--scale=laptop|gpu|paper]
 
-`laptop`: 120 thousand parameters, horizons of 100 to 1,600 updates. `gpu`: 29 million, 500 to 16,000. `paper`: 124M on
+`laptop`: 120 thousand parameters, horizons of 500 to 4,000 updates. `gpu`: 29 million, 500 to 16,000. `paper`: 124M on
 OpenWebText, 100 to 500,000 (section 5.2). See experiments/paper.py for options.
 """
 
@@ -13,7 +13,7 @@ from paper import Lab, Outcome, Sweep, config, main
 from cdl.sweep.grid import product
 
 GRIDS = {
-    "laptop": product(eta_ref=[0.05, 0.1, 0.2, 0.4], T=[100, 200, 400, 700, 1000, 1600]),
+    "laptop": product(eta_ref=[0.1, 0.2, 0.4], T=[500, 1000, 1600, 2500, 4000]),
     "gpu": product(eta_ref=[0.03, 0.1, 0.3, 1.0], T=[500, 1000, 2000, 4000, 8000, 16_000]),
 }
 

@@ -22,8 +22,8 @@ INTRODUCTION = """# What the paper says, and what came out here
 `make paper-laptop` runs every script and writes this page (`python experiments/results.py`). Each row is a claim of the
 paper, what its script measured, at which scale, and whether the two agree by the threshold in the script. "laptop" is
 {device}: models of 30 thousand to a million parameters on data that packages ship. It can refute what is said of all
-models, and cannot confirm what is said of large ones; `--scale=paper` runs the paper's own settings, on data and devices
-that have to be there. A disagreement is a result.
+models, and cannot confirm what is said of large ones; `--scale=paper` runs the paper's own settings, on data and
+devices that have to be there. A disagreement is a result.
 
 | | claim of the paper | here | scale | |
 |---|---|---|---|---|

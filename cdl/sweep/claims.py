@@ -265,7 +265,7 @@ class Claims:
 
     def workers(self) -> list[str]:
         """All that have a file, dead or alive."""
-        return sorted(f.stem for f in self._workers.glob("*.json"))
+        return sorted(f.stem for f in self._workers.glob("*.json") if not f.name.startswith(TEMPORARY))
 
     def record(self, worker: str) -> dict[str, Any]:
         """What a worker says of itself, and what was said of its death; empty where there is nothing."""

@@ -152,7 +152,7 @@ class Store:
 
     def grid_names(self) -> set[str]:
         """Of the grids that were asked for."""
-        return {f.stem for f in (self.root / "grids").glob("*.json")}
+        return {f.stem for f in (self.root / "grids").glob("*.json") if not f.name.startswith(TEMPORARY)}
 
     def grids(self, name: str | None = None) -> list[dict[str, Any]]:
         """The grids that were asked for, oldest first, or the one of that name (`grid_name`), as

@@ -282,3 +282,9 @@ def test_a_crash_that_was_seen_counts_as_one(tmp_path: Path) -> None:
     assert ours.holder(run) is None
     assert ours.attempts(run, 0) == Attempts(crashes=1, said="SIGSEGV")
     they.__exit__()
+
+
+def test_a_half_written_file_is_no_worker(tmp_path: Path) -> None:
+    with Worker(tmp_path) as worker:
+        (tmp_path / "workers" / f"{claims.TEMPORARY}0-{worker.name}.json").write_text("{")
+        assert Claims(tmp_path).workers() == [worker.name]

@@ -128,7 +128,7 @@ def test_every_config_field_is_read(file: str, tmp_path: Path, monkeypatch: pyte
     store.open_for(points)
     run_points(points, store, [Nobody()])
     monkeypatch.undo()
-    whole = ("model", "optimizer", "schedule", "compute", "mesh")
+    whole = ("model", "optimizer", "schedule", "compute", "mesh", "lora")
     sections = [config, config.data, config.eval, config.checkpoint]
     expected = {(frozenset(s.keys()), name) for s in sections for name in s}
     assert len(expected) == len(flatten(config)) - sum(len(config[k]) for k in whole) + len(whole) + 3
