@@ -9,8 +9,6 @@ from chinchilla import lines_of, read
 from gpt2_runs import GRIDS, one_run
 from paper import Lab, Sweep, published
 
-from cdl.laws.horizon import Line
-
 WHAT = "svg_extracted_data.csv of epoch-research/analyzing-chinchilla"
 
 
@@ -42,4 +40,9 @@ def size(N: float) -> str:
     return f"{N / 1e9:.3f}B" if N >= 5e6 else f"{N / 1e3:,.0f}k"
 
 
-__all__ = ["Line", "lines_of", "runs_at_best_rates", "size", "sweeps"]
+def slope(Q: float) -> str:
+    """A slope, as the paper prints it."""
+    return f"{Q:.2e}" if Q >= 1e4 else f"{Q:,.0f}"
+
+
+__all__ = ["lines_of", "runs_at_best_rates", "size", "slope", "sweeps"]

@@ -22,7 +22,7 @@ def sweeps(scale: str) -> list[Sweep]:
 
 def experiment(lab: Lab) -> Outcome:
     """Train, fit and draw."""
-    return four_schedules(lab, sweeps(lab.scale)[0], list(PEAKS), "ResNet-18 with SGD")
+    return four_schedules(lab, sweeps(lab.scale)[0], list(PEAKS), "ResNet-18 with SGD", windows=50)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def sweeps(scale: str) -> list[Sweep]:
 
 def experiment(lab: Lab) -> Outcome:
     """Train, fit and draw."""
-    return four_schedules(lab, sweeps(lab.scale)[0], list(PEAKS), "ResNet-18 with AdamW")
+    return four_schedules(lab, sweeps(lab.scale)[0], list(PEAKS), "ResNet-18 with AdamW", windows=50)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
     python experiments/fig13_fine_tuning.py [--scale=laptop|gpu|paper]
 
 `laptop` and `gpu`: GPT-2 of two sizes, trained here on the source of Python's standard library, then fine-tuned to say
-the docstring of a function from its signature. `paper`: GPT-2 small, medium and large with published weights in
-weights/gpt2, weights/gpt2-medium and weights/gpt2-large, on E2E in data/e2e (Appendix D.2). Adapters of rank 4, AdamW,
-linear decay, batch size 8. See experiments/paper.py for options.
+the docstring of a function from its signature. `paper`: GPT-2 small, medium and large with published weights, on E2E
+(Appendix D.2; configs/e2e.py says what has to be there). Adapters of rank 4, AdamW, linear decay, batch size 8. See
+experiments/paper.py for options.
 """
 
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 from paper import Claim, Lab, Outcome, Sweep, config, main, span
 
 import cdl.config
@@ -23,12 +22,8 @@ from cdl.sweep.grid import product
 
 GOOD = 0.95
 SIZES = {"laptop": ["30k", "120k"], "gpu": ["11M", "29M"], "paper": ["124M", "355M", "774M"]}
-WEIGHTS = {"124M": "weights/gpt2", "355M": "weights/gpt2-medium", "774M": "weights/gpt2-large"}
 HORIZONS = {"laptop": [50, 100, 200, 400, 700], "gpu": [250, 500, 1000, 2000, 4000]}
-PAPER_HORIZONS = [500, 1000, 2000, 5000, 10_000, 20_000]  # not said; an epoch of E2E is 5,258 updates
-# Appendix D.2; models of the other scales are smaller and want larger rates.
-ETA_REF = {"paper": {"full": 0.00005, "lora": 0.0005}}
-OWN_ETA_REF = {"full": 0.02, "lora": 0.1}
+ETA_REF = {"full": 0.02, "lora": 0.1}  # the paper's are for larger models
 
 
 def pretraining(scale: str) -> list[Sweep]:
@@ -44,27 +39,20 @@ def pretraining(scale: str) -> list[Sweep]:
 
 
 def fine_tuning(scale: str, size: str, weights: str, which: str) -> Sweep:
-    """Horizons of one size, from these weights; `which` is "full" or "lora"."""
-    c: ConfigDict = cdl.config.base()
-    c.init = weights
-    vocabulary, context = (50257, 1024) if scale == "paper" else (256, 256)
-    c.model = cdl.config.section("model", "gpt2", **gpt2.arguments(size, vocabulary, context))
-    c.data = cdl.config.section("data", "pairs", batch_size=8)
-    if scale == "paper":
-        tokenizer = f"{weights}/vocab.json,{weights}/merges.txt"
-        c.data = cdl.config.section("data", "pairs", batch_size=8, path="data/e2e", tokenizer=tokenizer)
-    c.optimizer = cdl.config.section("optimizer", "adamw", b1=0.9, b2=0.999, weight_decay=0.01)
-    c.schedule = cdl.config.section("schedule", "linear", warmup=0.0)
-    c.eta_ref = ETA_REF.get(scale, OWN_ETA_REF)[which]
-    c.eval.times, c.eval.size = 1, 16384
-    if which == "lora":
-        c.lora.rank = 4
-    return Sweep(f"{which}-{size}", c, product(T=HORIZONS.get(scale, PAPER_HORIZONS)))
+    """Horizons of one size, `which` is "full" or "lora". weights: to start from, but for those of configs/e2e.py."""
+    c, grid = config(f"e2e.py:{which}-{size if scale == 'paper' else '124M'}")
+    if scale != "paper":
+        c.model = cdl.config.section("model", "gpt2", **gpt2.arguments(size, context=256))
+        c.data = cdl.config.section("data", "pairs", batch_size=8)
+        c.init, c.eta_ref = weights, ETA_REF[which]
+        c.eval.times, c.eval.size = 1, 16384
+        grid = product(T=HORIZONS[scale])
+    return Sweep(f"{which}-{size}", c, grid)
 
 
 def experiment(lab: Lab) -> Outcome:
     """Train, fine-tune, fit and draw."""
-    weights = dict(WEIGHTS)
+    weights = dict.fromkeys(SIZES[lab.scale], "")
     for size, sweep in zip(SIZES[lab.scale], pretraining(lab.scale), strict=False):
         weights[size] = str(lab.train(sweep).weights[0])
     figure = Figure(figsize=(10, 4.4), layout="constrained")

@@ -20,12 +20,13 @@ EARLY = 0.02  # of a run
 GOOD = 0.95  # R2 that the paper reports at least
 
 
-def four_schedules(lab: Lab, sweep: Sweep, names: Sequence[str], what: str) -> Outcome:
+def four_schedules(lab: Lab, sweep: Sweep, names: Sequence[str], what: str, windows: int = 0) -> Outcome:
     """Train, fit and draw.
 
     Args:
       sweep: of four runs. names: of their schedules.
       what: is trained, in words.
+      windows: of the training loss; 0 for held-out losses.
     """
     runs = lab.train(sweep)
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -36,7 +37,7 @@ def four_schedules(lab: Lab, sweep: Sweep, names: Sequence[str], what: str) -> O
             ax.set_title(f"{name}: diverged", loc="left", fontsize=10)
             numbers[name] = dict(status=row["status"])
             continue
-        curve = runs.curve(i, name)
+        curve = runs.curve(i, name, windows)
         T = int(row["T"])
         eta_T = curve["eta"].to_numpy()
         known = curve[curve["loss"].notna() & (curve["step"] > EARLY * T)]
@@ -67,7 +68,7 @@ def four_schedules(lab: Lab, sweep: Sweep, names: Sequence[str], what: str) -> O
         ax.plot(step_P[~early_P], said_P[~early_P], "--", lw=2, color=colors[name], label="(3.1), predicted")
         title = f"{name}:  $R^2$ = {paper['r2_second_half']:.3f} predicted, {paper['r2_in_sample']:.3f} in sample"
         ax.set_title(title, loc="left", fontsize=10)
-        ax.set(xlabel="update", ylabel="held-out loss")
+        ax.set(xlabel="update", ylabel="training loss" if windows else "held-out loss")
         top = np.quantile(loss_P, 0.97)
         ax.set_ylim(loss_P.min() - 0.08 * np.ptp(loss_P), top + 0.1 * (top - loss_P.min()))
         rates = ax.twinx()

@@ -73,10 +73,22 @@ class Runs:
         self._folder, self.table = folder, table
         self.weights = [folder / "checkpoints" / id for id in table["id"]]
 
-    def curve(self, i: int, name: str, loss: str = "eval_loss") -> pd.DataFrame:
-        """Run i as `cdl.fit_curve` takes it: columns run, step, eta, loss; NaN where no loss was measured."""
+    def curve(self, i: int, name: str, windows: int = 0) -> pd.DataFrame:
+        """Run i as `cdl.fit_curve` takes it: columns run, step, eta, loss; NaN where no loss was measured.
+
+        Args:
+          windows: instead of the held-out losses, means of the training loss over so many parts of the run, each at its
+            middle.
+        """
         curve = pd.read_parquet(self._folder / self.table["id"][i] / "curve.parquet")
-        return pd.DataFrame({"run": name, "step": curve["step"], "eta": curve["eta"], "loss": curve[loss]}).iloc[1:]
+        loss_T = curve["eval_loss"].to_numpy()[1:]
+        if windows:
+            T = len(loss_T)
+            train_T, loss_T = curve["train_loss"].to_numpy()[:-1], np.full(T, np.nan)
+            for part in np.array_split(np.arange(T), windows):
+                loss_T[part[len(part) // 2]] = train_T[part].mean()
+        columns = {"step": curve["step"].iloc[1:], "eta": curve["eta"].iloc[1:], "loss": loss_T}
+        return pd.DataFrame({"run": name} | columns)
 
 
 class Lab:
@@ -176,8 +188,8 @@ def span(values: Sequence[float], form: str = ".3f") -> str:
 
 
 def _plain(x: Any) -> Any:
-    """NumPy's numbers and arrays for json."""
-    if isinstance(x, np.generic | np.ndarray):
+    """Numbers and arrays of NumPy and pandas for json."""
+    if isinstance(x, np.generic | np.ndarray | pd.Series):
         return x.tolist()
     if isinstance(x, pd.DataFrame):
         return x.to_dict("list")

@@ -29,5 +29,5 @@ def one_run(scale: str, optimizer: str) -> ConfigDict:
         c.T, c.data.batch_size = (1000, 32) if scale == "laptop" else (5000, 256)
         if optimizer == "adamw":
             c.optimizer = cdl.config.section("optimizer", "adamw", b1=0.9, b2=0.999, weight_decay=0.01)  # Appendix B
-    c.eval.times = 50 if scale == "laptop" else 100
+    c.eval.times = 5
     return c

@@ -7,7 +7,7 @@ See experiments/best_rates.py for what is trained or read, and experiments/paper
 """
 
 import numpy as np
-from best_rates import lines_of, runs_at_best_rates, size
+from best_rates import lines_of, runs_at_best_rates, size, slope
 from chinchilla import table_6
 from paper import Claim, Lab, Outcome, main, span
 
@@ -31,7 +31,7 @@ def experiment(lab: Lab) -> Outcome:
         table = table.loc[nearest].reset_index(drop=True)
     lines = ["| size | horizons | slope | L_inf | R2 |", "|---|---|---|---|---|"]
     for r in table.itertuples():
-        cells = [size(1e9 * float(r.size_B)), r.horizons, f"{r.slope:.3g}", f"{r.L_inf:.3f}", f"{r.r2:.3f}"]  # type: ignore[arg-type]
+        cells = [size(1e9 * float(r.size_B)), r.horizons, slope(float(r.slope)), f"{r.L_inf:.3f}", f"{r.r2:.3f}"]  # type: ignore[arg-type]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     claims = [
         Claim(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from best_rates import lines_of, runs_at_best_rates, size
+from best_rates import lines_of, runs_at_best_rates, size, slope
 from chinchilla import LARGEST_FITTED, larger, table_6
 from paper import Claim, Lab, Outcome, main, span
 
@@ -30,7 +30,7 @@ def experiment(lab: Lab) -> Outcome:
     table = table_6(lines_of(runs))
     lines = ["| size | horizons | slope | L_inf | R2 | worst run |", "|---|---|---|---|---|---|"]
     for r in table.itertuples():
-        cells = [size(1e9 * float(r.size_B)), r.horizons, f"{r.slope:.3g}", f"{r.L_inf:.3f}", f"{r.r2:.3f}"]  # type: ignore[arg-type]
+        cells = [size(1e9 * float(r.size_B)), r.horizons, slope(float(r.slope)), f"{r.L_inf:.3f}", f"{r.r2:.3f}"]  # type: ignore[arg-type]
         lines.append("| " + " | ".join(map(str, [*cells, f"{r.worst:.2%}"])) + " |")
     off, all_runs = table["beyond_1_percent"].sum(), table["horizons"].sum()
     claims = [

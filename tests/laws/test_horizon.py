@@ -51,7 +51,7 @@ def test_table_6_of_the_paper() -> None:
     path = root.parent / "shared" / "data" / "chinchilla" / "svg_extracted_data.csv"
     if not path.is_file():
         pytest.skip(f"{path} is not here: 245 published runs, epoch-research/analyzing-chinchilla")
-    script = runpy.run_path(str(root / "experiments" / "tab06_chinchilla.py"))
+    script = runpy.run_path(str(root / "experiments" / "chinchilla.py"))
     table = script["table_6"](script["lines_of"](script["read"](str(path))))
     printed = [row.split() for row in TABLE_6.replace("\n", "|").split("|")]
     assert len(table) == len(printed) == 38

@@ -251,7 +251,7 @@ def test_figure_shows_hollow_what_was_left_out() -> None:
 def step_law() -> dict[str, pd.DataFrame]:
     if not STEP_LAW.is_dir():
         pytest.skip(f"{STEP_LAW} is not here: published runs, step-law/steplaw")
-    script = runpy.run_path(str(ROOT / "experiments/fig06_peak.py"))
+    script = runpy.run_path(str(ROOT / "experiments/step_law.py"))
     return {
         name: script["select"](pd.read_csv(STEP_LAW / file), configuration)
         for file, configurations in script["PANELS"].values()

@@ -1,0 +1,198 @@
+"""The scripts of the paper's figures: configs of every scale, what is said of claims, and that they go on."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import cdl
+from cdl import config
+from cdl.sweep.programs import eta_of, eval_steps, parts_of
+
+from ..conftest import TINY
+
+ROOT = Path(cdl.__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+SCRIPTS = sorted(f.stem for f in EXPERIMENTS.glob("*.py") if f.stem[:3] in ("fig", "tab"))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """A script or a module beside it, by name, as Python finds it when a script is run."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if (EXPERIMENTS / f"{name}.py").is_file():
+            del sys.modules[name]
+
+
+def test_every_figure_and_table_has_a_script() -> None:
+    numbers = {name[:5] for name in SCRIPTS}
+    assert numbers == {f"fig{n:02d}" for n in range(1, 14)} | {"tab01", "tab02", "tab06", "tab07"}
+    page = (EXPERIMENTS / "RESULTS.md").read_text()
+    assert all(f"experiments/{name}.py" in page for name in SCRIPTS)
+
+
+@pytest.mark.parametrize("scale", ["laptop", "gpu", "paper"])
+@pytest.mark.parametrize(
+    "name", [x for x in SCRIPTS if x not in ("fig01_exam", "tab01_schedules", "fig13_fine_tuning")]
+)
+def test_every_run_of_every_scale_can_be_built(
+    name: str, scale: str, script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that can be checked of a config without its data. The paths of weights are there, as far as that goes."""
+    module = script(name)
+    if not hasattr(module, "sweeps"):
+        module = script("best_rates")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("siglip2", "smollm2"):
+        (tmp_path / "weights" / folder).mkdir(parents=True)
+    sweeps = module.sweeps(scale)
+    programs = set()
+    for sweep in sweeps.values() if isinstance(sweeps, dict) else sweeps:
+        for changes in sweep.grid:
+            c = config.change(sweep.config, changes)
+            eta_of(c)
+            eval_steps(c)
+            key = repr({k: v for k, v in config.flatten(c).items() if k not in ("T", "eta_ref", "seed")})
+            if key not in programs:
+                parts_of(c)
+                programs.add(key)
+    assert bool(programs) != (scale == "paper" and name[:5] in ("fig06", "fig07", "tab02", "tab06"))
+
+
+@pytest.mark.parametrize("scale", ["laptop", "gpu", "paper"])
+def test_fine_tuning_can_be_built(
+    scale: str, script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("fig13_fine_tuning")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("gpt2", "gpt2-medium", "gpt2-large"):
+        (tmp_path / "weights" / folder).mkdir(parents=True)
+    for sweep in module.pretraining(scale):
+        parts_of(config.change(sweep.config, sweep.grid[0]))
+    for size in module.SIZES[scale]:
+        for which in ("full", "lora"):
+            sweep = module.fine_tuning(scale, size, str(tmp_path), which)
+            model, _ = parts_of(config.change(sweep.config, sweep.grid[0]))
+            assert (model.frozen is not None) == (which == "lora")
+
+
+class Invented:
+    """A lab whose runs are made up: loss(eta_ref, T)."""
+
+    scale = "laptop"
+
+    def __init__(self, loss: Callable[[float, float], float]):
+        self._loss = loss
+
+    def train(self, sweep: Any) -> Any:
+        rows = []
+        for changes in sweep.grid:
+            c = config.change(sweep.config, changes)
+            rows.append(dict(eta_ref=c.eta_ref, T=c.T, loss=self._loss(c.eta_ref, c.T), status="done", seed=c.seed))
+        return SimpleNamespace(table=pd.DataFrame(rows))
+
+
+def verdicts(outcome: Any) -> list[bool | None]:
+    return [claim.agrees for claim in outcome.claims]
+
+
+def noise(*point: float) -> float:
+    return float(np.random.default_rng([int(1000 * x) for x in point]).normal(0, 0.002))
+
+
+def test_horizons_agree_where_the_law_holds_and_not_where_it_fails(script: Callable[[str], ModuleType]) -> None:
+    horizons, sweep = script("horizons").horizons, script("fig08_gpt2_adamw_horizons").sweeps("laptop")[0]
+    said = dict(best="-", reach="-")
+
+    def lawful(eta_ref: float, T: float) -> float:
+        return 1.0 + (20 * eta_ref + 0.8 / eta_ref) / T**0.5 + noise(eta_ref, T)
+
+    assert verdicts(horizons(Invented(lawful), sweep, said)) == [True, True, True]
+    # Another power of T.
+    assert verdicts(horizons(Invented(lambda e, T: 0.2 + 3e4 * (1 + e) * T**-1.6), sweep, said))[1] is False
+    wild = horizons(Invented(lambda e, T: 2 + 200 * abs(noise(e, T))), sweep, said)
+    assert verdicts(wild)[0] is False
+    assert (
+        verdicts(horizons(Invented(lambda e, T: 1 + (1 + abs(np.log(e * T**0.5 / 8))) / T**0.5), sweep, said))[2]
+        is False
+    )
+
+
+def test_ablations_see_a_setting_that_matters(script: Callable[[str], ModuleType]) -> None:
+    module = script("tab07_ablations")
+
+    class Lab(Invented):
+        def __init__(self, slopes: list[float]):
+            self._slopes = slopes
+
+        def train(self, sweep: Any) -> Any:
+            n = len(sweep.grid) // len(self._slopes)
+            T = np.array([changes["T"] for changes in sweep.grid], float)
+            Q = np.repeat(self._slopes, n)
+            loss = 1 + 0.01 * Q + Q / T**0.5 + [noise(t, q) for t, q in zip(T, Q, strict=True)]
+            return SimpleNamespace(table=pd.DataFrame(dict(T=T, loss=loss, status="done")))
+
+    assert verdicts(module.experiment(Lab([20, 20, 20, 35, 20, 20, 20]))) == [True, True, True]
+    assert verdicts(module.experiment(Lab([20, 20, 20, 15, 20, 26, 20]))) == [True, False, False]
+
+
+def test_a_script_trains_what_is_not_there_and_writes_what_it_found(
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paper, module = script("paper"), script("fig09_gpt2_muon_horizons")
+    tiny, grid = config.load(TINY)
+    monkeypatch.setattr(module, "sweeps", lambda scale: [paper.Sweep("tiny", tiny, grid)])
+    monkeypatch.setattr(sys, "argv", ["fig09.py", f"--out={tmp_path}", "eval.times=2"])
+
+    def run() -> Any:
+        with pytest.raises(SystemExit) as left:
+            paper.main(module.__file__, module.__doc__, module.experiment)
+        return left.value.code
+
+    assert run() == 0
+    written = json.loads((tmp_path / "fig09_gpt2_muon_horizons.json").read_text())
+    assert (written["runs"], len(written["claims"]), written["scale"]) == (8, 3, "laptop")
+    table = cdl.sweep_table(tmp_path / "tiny")
+    assert set(table["eval.times"]) == {2}
+    line = cdl.fit_horizon(table).lines[0]
+    assert written["numbers"]["lines"]["0.5"]["r2"] == pytest.approx(line.r2)
+    assert (tmp_path / "fig09_gpt2_muon_horizons.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert run() == 0
+    assert "nothing to train" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["fig09.py", f"--out={tmp_path}", "eval.tims=2"])
+    assert run() == 2
+    assert "eval.times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fig06_peak.py", "--scale=paper"], "give --data, the folder with the two files of step-law/steplaw"),
+        (["fig06_peak.py", "--scale=paper", "--data=/nowhere"], "lacks dense_lr_bs_loss.csv"),
+        (["tab06_chinchilla.py", "--scale=paper", "--data=/no.csv"], "lacks no.csv"),
+        (["fig09_gpt2_muon_horizons.py", "--scale=paper"], "data.path='data/openwebtext' does not exist"),
+        (["fig01_exam.py", "--scale=huge"], "invalid choice: 'huge'"),
+        (["results.py", "."], "holds no numbers of a script"),
+    ],
+)
+def test_errors(arguments: list[str], said: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(EXPERIMENTS / arguments[0]), *arguments[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
