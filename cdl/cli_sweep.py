@@ -41,7 +41,7 @@ __all__ = ["run_sweep", "sweep", "trainer", "worker"]
 _SHOWN = 100  # rows of a grid
 # `cdl sweep` without options
 _ALONE: dict[str, Any] = dict(backend="local", workers=None, lanes=None, tensorboard=False, wandb=None, profile=None)
-_ALONE |= dict(distributed=False, coordinator=None, processes=None, process=None, keep=False)
+_ALONE |= dict(distributed=False, coordinator=None, processes=None, process=None, sbatch=None, resources=None)
 
 Trainer = Callable[[Path, Sequence[Point], int | None], object]  # of points, into a folder, in so many lanes
 

@@ -98,7 +98,7 @@ def _dry_run(c: ConfigDict, devices: int | None) -> dict[str, str]:
     parts = c.compute.microbatches
     rows = c.data.batch_size // (sizes["data"] * sizes["fsdp"] * parts)
     unit = "images" if c.data.name == "images" else f"x {c.data.seq_len} tokens"
-    gradients = state_bytes(model, optax.identity(), mesh)  # split as the parameters are
+    gradients = state_bytes(model._replace(frozen=None), optax.identity(), mesh)  # split as the parameters are
     said = {
         "parameters": f"{model.n_params:,}" + (f", {_trained(model):,} of them trained" if model.frozen else ""),
         "updates": f"T={c.T:,}, {c.optimizer.name}, {c.schedule.name} from a peak rate of {c.eta_ref / c.T**0.5:.4g}",

@@ -9,6 +9,9 @@ from chinchilla import lines_of, read
 from gpt2_runs import GRIDS, one_run
 from paper import Lab, Sweep, published
 
+import cdl
+from cdl.laws.horizon import Line
+
 WHAT = "svg_extracted_data.csv of epoch-research/analyzing-chinchilla"
 
 
@@ -35,6 +38,16 @@ def runs_at_best_rates(lab: Lab) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
+def lines_at_best_rates(lab: Lab) -> dict[float, Line]:
+    """N -> line. Of our own runs without horizons that are too short, which `fit_horizon` finds; published ones are all
+    in it, as in the paper."""
+    runs = runs_at_best_rates(lab)
+    if lab.scale == "paper":
+        return lines_of(runs)
+    each = {float(N): cdl.fit_horizon(these[["tokens", "loss"]], x="tokens") for N, these in runs.groupby("N")}  # type: ignore[arg-type]
+    return {N: fit.lines[0] for N, fit in each.items()}
+
+
 def size(N: float) -> str:
     """A number of parameters, as it is shown."""
     return f"{N / 1e9:.3f}B" if N >= 5e6 else f"{N / 1e3:,.0f}k"
@@ -45,4 +58,4 @@ def slope(Q: float) -> str:
     return f"{Q:.2e}" if Q >= 1e4 else f"{Q:,.0f}"
 
 
-__all__ = ["lines_of", "runs_at_best_rates", "size", "slope", "sweeps"]
+__all__ = ["lines_at_best_rates", "runs_at_best_rates", "size", "slope", "sweeps"]

@@ -2,7 +2,7 @@
 
     python experiments/fig04_gpt2_adamw.py [--scale=laptop|gpu|paper]
 
-`laptop`: 120 thousand parameters, 4,000 updates, the source of Python's standard library. `gpu`: 29 million. `paper`:
+`laptop`: 120 thousand parameters, 2,000 updates, the source of Python's standard library. `gpu`: 29 million. `paper`:
 124M on OpenWebText (Appendix B). Peak rate 2e-3 as in the paper. See experiments/paper.py for options.
 """
 
@@ -16,7 +16,7 @@ PEAK = 2e-3  # Appendix B
 def sweeps(scale: str) -> list[Sweep]:
     """Four runs."""
     c = one_run(scale, "adamw")
-    c.T = {"laptop": 4000, "gpu": 5000, "paper": 5000}[scale]
+    c.T = {"laptop": 2000, "gpu": 5000, "paper": 5000}[scale]
     c.eval.times = 100
     return [Sweep("gpt2-adamw-schedules", c, [x | {"eta_ref": PEAK * c.T**0.5} for x in FOUR_SCHEDULES.values()])]
 

@@ -7,7 +7,7 @@ See experiments/best_rates.py for what is trained or read, and experiments/paper
 """
 
 import numpy as np
-from best_rates import lines_of, runs_at_best_rates, size
+from best_rates import lines_at_best_rates, size
 from paper import Claim, Lab, Outcome, main
 from scipy import stats
 
@@ -18,8 +18,7 @@ SHOWN = 2.007e9  # the 2B model of Figure 7
 
 def experiment(lab: Lab) -> Outcome:
     """Train or read, fit and draw."""
-    runs = runs_at_best_rates(lab)
-    lines = lines_of(runs)
+    lines = lines_at_best_rates(lab)
     shown = min(lines, key=lambda N: abs(N - SHOWN)) if lab.scale == "paper" else sorted(lines)[len(lines) // 2]
     line, N = lines[shown], np.array(list(lines))
     worst = float(np.max(np.abs(np.array([line.at(t) for t in line.T]) / line.loss - 1)))

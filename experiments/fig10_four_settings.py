@@ -8,7 +8,6 @@ smaller one. See experiments/paper.py for options.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import fig08_gpt2_adamw_horizons
 import numpy as np
@@ -126,9 +125,10 @@ def _transfer(lab: Lab, others: list[Sweep], best: float) -> Claim:
 def _across_sizes(settings: list[Setting]) -> Claim:
     """(5.1) from all but the largest size, for the largest."""
     by_size = sorted(settings, key=lambda s: float(s.table["n_params"].iloc[0]))
-    frames: list[Any] = [
-        pd.DataFrame(dict(N=s.table["n_params"].astype(float), T=s.table["T"], loss=s.table["loss"])) for s in by_size
-    ]
+    frames = []
+    for s in by_size:
+        long = s.table[s.table["T"].isin(s.line.T)]
+        frames.append(pd.DataFrame(dict(N=long["n_params"].astype(float), T=long["T"], loss=long["loss"])))
     largest = frames[-1]
     times = float(largest["N"].iloc[0] / frames[-2]["N"].iloc[0])
     paper = "Losses of the largest model are predicted from smaller ones (70 times across sizes)"

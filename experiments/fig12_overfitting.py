@@ -38,7 +38,7 @@ def sweeps(scale: str) -> dict[str, Sweep]:
     size = "30k/2" if laptop else "100k/2"
     small.model = cdl.config.section("model", "vit", **vit.arguments(size, image_size=8, classes=10, pool="mean"))
     small.schedule.warmup = 0.0
-    small.eta_ref, small.data.batch_size, small.eval.times = 0.05, 4, 1
+    small.eta_ref, small.data.batch_size, small.eval.times = 0.15, 4, 1
     wide = small.copy_and_resolve_references()
     width = 8 if laptop else 64
     wide.model = cdl.config.section("model", "resnet", **resnet.arguments(18, stem="cifar", classes=10, width=width))
@@ -74,7 +74,7 @@ def experiment(lab: Lab) -> Outcome:
             ax.plot(x, line.L_inf + line.Q * x, "-", lw=1, color=color)
             ax.plot(T**-0.5, loss, "o", ms=5, color=color, label=f"{label}, $R^2$ = {line.r2:.3f}")
         for x, n in zip(runs["T"] ** -0.5, epochs, strict=True):
-            ax.annotate(f"{n:.3g}", (x, 0.01), xycoords=("data", "axes fraction"), fontsize=7, color="#666666")
+            ax.annotate(f"{n:.2g}", (x, 0.01), xycoords=("data", "axes fraction"), fontsize=7, color="#666666")
         ax.set(xlabel="$1/\\sqrt{T}$ (grey: epochs)", ylabel="loss" if name == "ViT" else None, xlim=(0, None))
         ax.set_title(name, loc="left", fontsize=10)
         finish(ax)

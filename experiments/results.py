@@ -20,10 +20,14 @@ HERE = ROOT / "experiments"
 INTRODUCTION = """# What the paper says, and what came out here
 
 `make paper-laptop` runs every script and writes this page (`python experiments/results.py`). Each row is a claim of the
-paper, what its script measured, at which scale, and whether the two agree by the threshold in the script. "laptop" is
-{device}: models of 30 thousand to a million parameters on data that packages ship. It can refute what is said of all
-models, and cannot confirm what is said of large ones; `--scale=paper` runs the paper's own settings, on data and
-devices that have to be there. A disagreement is a result.
+paper, what its script measured, at which scale, and whether the two agree by the threshold in the script. A disagreement
+is a result.
+
+"laptop" is models of 30 thousand to a million parameters on data that packages ship, trained on {machines}. It can refute
+what is said of all models, and cannot confirm what is said of large ones. Its horizons are shorter than those of which the
+paper says that the law holds (T > 2,500 for GPT-2), and its smallest models are still on the plateaus of early training.
+"paper" is the paper's own setting, here on published runs alone; with data and devices at hand `--scale=paper` trains the
+others.
 
 | | claim of the paper | here | scale | |
 |---|---|---|---|---|
@@ -42,7 +46,10 @@ def main() -> None:
             sys.exit(f"{folder} holds no numbers of a script; run one, such as python experiments/fig01_exam.py")
         found += [(json.loads(file.read_text()), folder) for file in files]
     found.sort(key=lambda x: (x[0]["script"], x[0]["scale"]))
-    devices = {x["device"] for x, _ in found if x["device"]}
+    trained = [x for x, _ in found if x["machine"]]
+    machines = " and ".join(sorted({x["machine"] for x in trained}))
+    versions = trained[-1]["versions"] if trained else {}
+    said = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax", "python") if name in versions)
     rows, sections = [], []
     shutil.rmtree(HERE / "results", ignore_errors=True)
     (HERE / "results").mkdir()
@@ -53,8 +60,8 @@ def main() -> None:
             cells = [label, claim["paper"], claim["here"], x["scale"], VERDICT[claim["agrees"]]]
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         where = f"`{x['command']}`"
-        trained = f", {x['runs']} runs of {x['run_seconds']:,.0f} s in all on {x['device']}" if x["runs"] else ""
-        part = [f"## {title}", "", f"{where}{trained}.", ""]
+        took = f", {x['runs']} runs of {x['run_seconds']:,.0f} s in all" if x["runs"] else ""
+        part = [f"## {title} ({x['scale']})", "", f"{where}{took}.", ""]
         figure = folder / f"{script}.png"
         if figure.is_file():
             name = f"{script}-{x['scale']}.png"
@@ -66,7 +73,7 @@ def main() -> None:
         sections.append("\n".join(part))
     agree = [claim["agrees"] for x, _ in found for claim in x["claims"]]
     count = f"\n{agree.count(True)} claims agree, {agree.count(False)} disagree, {agree.count(None)} not tested.\n"
-    page = INTRODUCTION.format(device=" and ".join(sorted(devices))) + "\n".join(rows) + "\n" + count
+    page = INTRODUCTION.format(machines=f"{machines} ({said})") + "\n".join(rows) + "\n" + count
     (HERE / "RESULTS.md").write_text(page + "\n" + "\n".join(sections))
     print(f"{HERE / 'RESULTS.md'}:{count}", end="")
 

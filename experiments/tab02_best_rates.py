@@ -7,7 +7,7 @@ See experiments/best_rates.py for what is trained or read, and experiments/paper
 """
 
 import numpy as np
-from best_rates import lines_of, runs_at_best_rates, size, slope
+from best_rates import lines_at_best_rates, size, slope
 from chinchilla import table_6
 from paper import Claim, Lab, Outcome, main, span
 
@@ -25,7 +25,7 @@ PRINTED = np.array(
 
 def experiment(lab: Lab) -> Outcome:
     """Train or read, and fit."""
-    table = table_6(lines_of(runs_at_best_rates(lab)))
+    table = table_6(lines_at_best_rates(lab))
     if lab.scale == "paper":
         nearest = [(table["size_B"] - row[0]).abs().idxmin() for row in PRINTED]
         table = table.loc[nearest].reset_index(drop=True)

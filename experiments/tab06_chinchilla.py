@@ -8,12 +8,11 @@ alone, says of every run of a larger one (docs/laws.md). See experiments/best_ra
 experiments/paper.py for options.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from best_rates import lines_of, runs_at_best_rates, size, slope
+from best_rates import lines_at_best_rates, runs_at_best_rates, size, slope
 from chinchilla import LARGEST_FITTED, larger, table_6
 from paper import Claim, Lab, Outcome, main, span
 
@@ -26,8 +25,7 @@ PRINTED_R2 = 0.978
 
 def experiment(lab: Lab) -> Outcome:
     """Train or read, and fit."""
-    runs = runs_at_best_rates(lab)
-    table = table_6(lines_of(runs))
+    table = table_6(lines_at_best_rates(lab))
     lines = ["| size | horizons | slope | L_inf | R2 | worst run |", "|---|---|---|---|---|---|"]
     for r in table.itertuples():
         cells = [size(1e9 * float(r.size_B)), r.horizons, slope(float(r.slope)), f"{r.L_inf:.3f}", f"{r.r2:.3f}"]  # type: ignore[arg-type]
@@ -48,12 +46,12 @@ def experiment(lab: Lab) -> Outcome:
     numbers: dict[str, Any] = {"table": table}
     figure = None
     if lab.scale == "paper":
-        said, numbers["larger"], figure = predictions(runs, lab.out)
+        said, numbers["larger"], figure = predictions(runs_at_best_rates(lab))
         lines += ["", *said]
     return Outcome(figure, numbers, claims, "\n".join(lines))
 
 
-def predictions(runs: pd.DataFrame, out: Path) -> tuple[list[str], pd.DataFrame, Any]:
+def predictions(runs: pd.DataFrame) -> tuple[list[str], pd.DataFrame, Any]:
     """(5.1) from the sizes up to 2.3B: words, predictions of every larger run, figure."""
     fit = fit_scaling(runs[runs["N"] <= LARGEST_FITTED], x="tokens")
     target = dict(N=float(runs["N"].max()), T=float(runs["tokens"].max()))

@@ -38,7 +38,7 @@ def sweeps(scale: str) -> list[Sweep]:
     c = one_run(scale, "muon_nsgd")
     c.eta_ref = 1.0  # Appendix D.3
     grid = [{"T": T} | changes for changes in settings(scale).values() for T in HORIZONS.get(scale, PAPER_HORIZONS)]
-    return [Sweep("gpt2-muon_nsgd-120k" if scale == "laptop" else "gpt2-ablations", c, grid)]
+    return [Sweep("gpt2-ablations", c, grid)]
 
 
 def experiment(lab: Lab) -> Outcome:

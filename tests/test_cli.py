@@ -1,5 +1,7 @@
 """The command line with wrong input, one line and exit code 2 each; and `cdl train`."""
 
+import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pandas as pd
 import pytest
 
 import cdl
-from cdl.cli import main
+from cdl.cli import _parser, main
 from cdl.schedules import SHAPES
 from cdl.sweep.store import sweep_table
 from cdl.theory.optimal import best_schedule
@@ -224,9 +226,20 @@ def test_a_reader_that_stops_reading_is_no_error(tiny_sweep: Path) -> None:
     assert done.stderr == ""
 
 
+def verbs() -> list[str]:
+    (choices,) = (a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return list(choices)
+
+
 def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("sweep", "train", "report", "plan"):
+    for verb in verbs():
         with pytest.raises(SystemExit) as e:
             main([verb, "--help"])
         assert e.value.code == 0
         assert f"example:\n  cdl {verb}" in capsys.readouterr().out
+
+
+def test_every_verb_has_a_section_in_the_docs() -> None:
+    page = (Path(cdl.__file__).parents[1] / "docs" / "commands.md").read_text()
+    sections = set(re.findall(r"^## (\w+)$", page, re.MULTILINE))
+    assert sections == set(verbs())

@@ -53,6 +53,8 @@ def _load(path: str, model: Section, seed: int) -> tuple[Any, Any]:
     weights = read_weights(where)
     theirs, ours = (_shapes(x) for x in (weights, jax.eval_shape(build(dict(model)).init, 0)))
     other = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if other and any(name.endswith("lora_a") for name in theirs):
+        raise UserError(f"init={path!r} are adapters, and not the weights beside them; merge them with cdl export")
     if other:
         said = [f"{x} is {theirs.get(x, 'absent')} there and {ours.get(x, 'absent')} here" for x in other[:_NAMED]]
         more = f" and {len(other) - _NAMED} more" if len(other) > _NAMED else ""

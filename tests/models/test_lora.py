@@ -154,7 +154,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_keeps_its_adapters_alone_and_merges_them(start: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_its_adapters_alone_and_merges_them(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lora = ["lora.rank=2", "lora.targets=attention/", f"init={start}", "optimizer.name=adamw", "T=20", "eta_ref=0.5"]
     assert main(["train", f"--config={TINY}", f"--out={tmp_path / 'out'}", *lora]) == 0
     (id,) = Store(tmp_path / "out").ids()
@@ -166,6 +168,9 @@ def test_a_run_keeps_its_adapters_alone_and_merges_them(start: Path, tmp_path: P
     after = to_hugging_face(THREE_K, *_loaded(tmp_path / "merged"))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"}
+    adapted_again = ["train", f"--config={TINY}", f"--out={tmp_path / 'no'}", f"init={tmp_path}/out/checkpoints/{id}"]
+    assert main(adapted_again) == 2
+    assert "are adapters, and not the weights beside them" in capsys.readouterr().err
     # What was merged evaluates as the run did.
     evaluated = ["train", f"--config={TINY}", f"init={tmp_path / 'merged'}", "T=3", "eta_ref=1e-12"]
     assert main([*evaluated, f"--out={tmp_path / 'again'}"]) == 0

@@ -19,6 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+import cdl
 from cdl.config import flatten, load
 from cdl.errors import UserError
 from cdl.planning import plan
@@ -268,6 +269,18 @@ def test_a_second_time_trains_nothing(tiny_sweep: Path) -> None:
     assert "all 8 runs are there already, nothing to train" in done.stderr
     assert "Plan: at T=520" in done.stdout
     assert {f: f.stat().st_mtime_ns for f in tiny_sweep.glob("*/*")} == before
+
+
+def test_the_function_gives_what_the_command_gives(tiny_sweep: Path, tmp_path: Path) -> None:
+    """As a notebook calls it; rows are in the order of the grid."""
+    config, grid = load(TINY)
+    assert grid is not None
+    table = cdl.run_sweep(config, grid, tmp_path / "s")
+    equal(tmp_path / "s", tiny_sweep)
+    assert [(row.eta_ref, row.T) for row in table.itertuples()] == [(x["eta_ref"], x["T"]) for x in grid]
+    assert cdl.run_sweep(config, grid[:2], tmp_path / "s")["id"].tolist() == table["id"].tolist()[:2]
+    with pytest.raises(UserError, match="no config field"):
+        cdl.run_sweep(config, [{"model.n_layers": 3}], tmp_path / "s")
 
 
 def test_results_say_what_was_run(tiny_sweep: Path) -> None:
