@@ -55,5 +55,5 @@ def get_config(arg: str = "small") -> ConfigDict:
 def sweep(arg: str = "small") -> list[dict[str, Any]]:
     """Three rates (section 5.4: "three values of eta_ref"), horizons up to the paper's 14.4 thousand."""
     if arg == "small":
-        return product(eta_ref=[0.03, 0.1, 0.3], T=[100, 200, 400, 700, 1000])
+        return product(eta_ref=[0.03, 0.1, 0.3], T=[500, 800, 1200, 1800, 2700])
     return product(eta_ref=[1e-3, 5e-3, 2e-2], T=[900, 1600, 2500, 3600, 6400, 10_000, 14_400])

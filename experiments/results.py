@@ -19,15 +19,15 @@ HERE = ROOT / "experiments"
 
 INTRODUCTION = """# What the paper says, and what came out here
 
-`make paper-laptop` runs every script and writes this page (`python experiments/results.py`). Each row is a claim of the
-paper, what its script measured, at which scale, and whether the two agree by the threshold in the script. A disagreement
-is a result.
+`make paper-laptop` runs every script and writes this page (`python experiments/results.py`). Each row is a claim of
+the paper, what its script measured, at which scale, and whether the two agree by the threshold in the script. A
+disagreement is a result.
 
-"laptop" is models of 30 thousand to a million parameters on data that packages ship, trained on {machines}. It can refute
-what is said of all models, and cannot confirm what is said of large ones. Its horizons are shorter than those of which the
-paper says that the law holds (T > 2,500 for GPT-2), and its smallest models are still on the plateaus of early training.
-"paper" is the paper's own setting, here on published runs alone; with data and devices at hand `--scale=paper` trains the
-others.
+"laptop" is models of 30 thousand to a million parameters on data that packages ship, trained on {machines}. It can
+refute what is said of all models, and cannot confirm what is said of large ones. Its horizons are shorter than those of
+which the paper says that the law holds (T > 2,500 for GPT-2), and its smallest models are still on the plateaus of
+early training. "paper" is the paper's own setting, here on published runs alone; with data and devices at hand
+`--scale=paper` trains the others.
 
 | | claim of the paper | here | scale | |
 |---|---|---|---|---|

@@ -141,6 +141,7 @@ def test_which_iterates_are_used_can_be_said(run: Path) -> None:
     assert probed(run, T=27)["step"] == [0, 12, 16, 20, 24]
 
 
+@pytest.mark.slow
 def test_more_iterates_than_memory_holds_are_read_again(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +164,7 @@ def test_more_iterates_than_memory_holds_are_read_again(
         probed(run, curvature=1)
 
 
+@pytest.mark.slow
 def test_batch_normalisation_uses_the_statistics_of_each_iterate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +217,7 @@ def test_unasked_a_run_keeps_its_last_weights_alone(tmp_path: Path, capsys: pyte
     assert "checkpoint.steps=20 checkpoint.keep=1000 --keep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_the_iterates_of_all_its_runs_where_asked_to(tmp_path: Path) -> None:
     out, config = tmp_path / "sweep", tmp_path / "two.py"
     config.write_text(

@@ -95,6 +95,7 @@ def test_long_pairs_are_left_out_and_it_is_said(file: Path, capsys: pytest.Captu
     assert all(len(a) + len(b) <= 45 for k in range(30) for a, b in texts(left[0][k]))
 
 
+@pytest.mark.slow
 def test_the_standard_library_has_thousands_of_pairs() -> None:
     data = build.build(section("data", "pairs"))
     batch = next(data.batches(0, 0))

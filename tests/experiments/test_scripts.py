@@ -2,7 +2,7 @@
 
 import importlib
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,9 +190,19 @@ def test_a_script_trains_what_is_not_there_and_writes_what_it_found(
         (["results.py", "."], "holds no numbers of a script"),
     ],
 )
-def test_errors(arguments: list[str], said: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(EXPERIMENTS / arguments[0]), *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_errors(
+    arguments: list[str],
+    said: str,
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, *rest = arguments
+    script("paper")  # finds what lies beside it
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *rest])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(EXPERIMENTS / name), run_name="__main__")
+    assert left.value.code != 0
+    assert said in f"{capsys.readouterr().err}{left.value.code}"

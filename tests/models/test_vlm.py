@@ -215,6 +215,7 @@ def test_how_it_is_computed_changes_nothing(params: Any) -> None:
     assert 0 < np.linalg.norm(rounded - expected) < 0.05 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one() -> None:
     section = SECTION | dict(vocab_size=64)
     model = build.build(section)
