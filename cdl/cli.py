@@ -267,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         _later("cli_probe", "probe"),
         "how convex training is along the saved iterates of a run",
         "cdl train --config=configs/demo.py --out=runs/one T=800 checkpoint.steps=20 checkpoint.keep=40 --keep\n"
-        "  cdl probe runs/one 76be",
+        "  cdl probe runs/one 67b8",
     )
     p.add_argument("folder", help="folder of a sweep, or the --out of cdl train")
     p.add_argument("id", help="id of the run, or how it begins")
@@ -293,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         _later("cli_export", "export"),
         "write the weights of a run for other tools, adapters merged",
-        "cdl export runs/one 76be --out=weights/one",
+        "cdl export runs/one 67b8 --out=weights/one",
     )
     p.add_argument("folder", help="folder of a sweep, or the --out of cdl train")
     p.add_argument("id", help="id of the run, or how it begins")
