@@ -5,6 +5,7 @@ import argparse
 import jax
 
 from cdl.cli_store import one_run
+from cdl.errors import UserError
 from cdl.models import pretrained
 from cdl.models.lora import LoRA, merge
 from cdl.sweep import initial
@@ -21,6 +22,8 @@ def export(arguments: argparse.Namespace) -> None:
     point = stored_point(store, one_run(store, arguments.id))
     c = point.config
     params, stats = read_weights(store.checkpoints(point))
+    if c.lora.rank and initial.fingerprint(c) != point.fingerprints["init.fingerprint"]:
+        raise UserError(f"init={c.init!r} is not what was adapted; bring the same file, or run where it is")
     if c.lora.rank:
         params = merge(initial.load(c)[0], params, LoRA(**c.lora))
     pretrained.save(c.model.to_dict(), params, stats, arguments.out)

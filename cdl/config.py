@@ -30,7 +30,6 @@ from cdl.schedules import shape_arguments
 __all__ = [
     "HOW",
     "NAMED",
-    "NEUTRAL",
     "PATHS",
     "base",
     "change",
@@ -44,8 +43,6 @@ __all__ = [
 NAMED = ("model", "data", "optimizer", "schedule")  # sections whose other fields depend on their name
 HOW = ("compute", "mesh", "checkpoint")  # sections that change rounding, memory and time, and no result but for these
 PATHS = ("data.path", "init")  # of files that count by what is in them
-# Fields that came later: at these values they change nothing, and a run made before they were there keeps its id.
-NEUTRAL = {f"lora.{name}": value for name, value in lora_arguments().items()} | {"optimizer.rates": ""}
 # Fields for which an int (updates) and a float (share of T) mean different things: never converted.
 _DURATIONS = {"schedule.warmup", "schedule.decay", "schedule.rise"}
 

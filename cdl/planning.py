@@ -28,7 +28,7 @@ def settings(table: pd.DataFrame) -> list[str]:
     Of the schedule that includes everything: it is a shape over the horizon. Paths of data and weights are left out,
     their fingerprints are in.
     """
-    sections = ("model", "data", "optimizer", "schedule", "eval", "init")
+    sections = ("model", "data", "optimizer", "schedule", "eval", "init", "lora")
     return [c for c in table.columns if c.split(".")[0] in sections and c not in ("data.path", "init")]
 
 

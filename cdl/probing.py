@@ -109,7 +109,7 @@ def probe(
         bends = []
         for n, i in enumerate(_spread(range(P), curvature), 1):
             tell(f"curvature: {n} of {curvature} iterates")
-            bends.append(_bend(loss, saved, i, path, model.n_params))
+            bends.append(_bend(loss, saved, i, path))
         tell("rounding")
         rounding = _rounding(sums, loss, batch_E, saved, P)
     except jax.errors.JaxRuntimeError as error:
@@ -189,12 +189,13 @@ def _sample(dataset: data.Dataset, samples: int) -> Any:
     return jax.tree.map(lambda *x: np.stack(x), *batches)
 
 
-def _bend(loss: Loss, saved: _Iterates, i: int, path: Measured, N: int) -> Bend:
+def _bend(loss: Loss, saved: _Iterates, i: int, path: Measured) -> Bend:
     """Eigenvalues at an iterate, and the loss along its gradient."""
+    at = saved.load(i)
+    N = sum(x.size for x in jax.tree.leaves(at.params))
     most = min(_PRODUCTS, most_steps(N, _SHARE * free_memory()))
     if most < min(_FEWEST_PRODUCTS, N):
         raise UserError(f"memory holds {most} vectors of {N:,} parameters, too few for eigenvalues; use --curvature=0")
-    at = saved.load(i)
     product = loss.product(at)
     spectrum = extreme_eigenvalues(product, at.params, most=most)
     gradient = loss.gradient(at)

@@ -1,7 +1,7 @@
 """Fine-tuning GPT-2 on E2E, all weights or low-rank adapters: the paper's Figure 13 (Appendix D.2).
 
     cdl sweep --config=configs/e2e.py:lora --out=runs/e2e-lora
-    cdl sweep --config=configs/e2e.py:full-355M --out=runs/e2e-full data.path=my/e2e init=my/gpt2-medium
+    cdl sweep --config=configs/e2e.py:full-355M --out=runs/e2e-full data.path=my/e2e
 
 `lora` and `full`, of 124M parameters, or of another size as `lora-355M` or `full-774M`. Published weights have to be in
 weights/gpt2, weights/gpt2-medium or weights/gpt2-large, with vocab.json and merges.txt beside them, and E2E's

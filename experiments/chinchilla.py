@@ -14,7 +14,6 @@ from cdl.errors import UserError
 from cdl.laws.horizon import Line, fit_line
 from cdl.laws.scaling import LEAST_HORIZONS, fit_scaling
 
-SHOWN = 2.007e9  # the 2B model of Figure 7
 LARGEST_FITTED = 2.3e9
 
 

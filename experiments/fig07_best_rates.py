@@ -34,7 +34,7 @@ def experiment(lab: Lab) -> Outcome:
             Claim(
                 "The 2B model fits the line precisely, all losses within 1% of it",
                 f"{size(shown)}: R2 {line.r2:.4f}, the worst run {worst:.2%} off, {len(line.T)} horizons",
-                worst <= 0.01,
+                worst <= 0.01 if lab.scale == "paper" else None,
             ),
             Claim(
                 "As the model grows, L_inf decreases linearly in log N",

@@ -61,8 +61,10 @@ def experiment(lab: Lab) -> Outcome:
     figure = Figure(figsize=(4.4 * len(sweeps(lab.scale)), 4.2), layout="constrained")
     panels = sweeps(lab.scale)
     numbers: dict[str, Any] = {}
+    lost = 0
     for ax, (name, sweep) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         table = lab.train(sweep).table
+        lost += int((table["status"] != "done").sum())
         runs = table[table["status"] == "done"].groupby("T")[["train_loss", "loss"]].mean().reset_index()
         epochs = runs["T"] * sweep.config.data.batch_size / _epoch(lab.scale, name)
         numbers[name] = dict(T=runs["T"], epochs=epochs)
@@ -89,8 +91,8 @@ def experiment(lab: Lab) -> Outcome:
         [
             Claim(
                 "Within an epoch, training and test loss are both lines in 1/sqrt(T)",
-                f"training and test, {listed}",
-                all(x[which]["r2"] >= GOOD for x in within.values() for which in ("training", "test")),
+                f"training and test, {listed}" + (f"; {lost} runs diverged" if lost else ""),
+                not lost and all(x[which]["r2"] >= GOOD for x in within.values() for which in ("training", "test")),
             ),
             Claim(
                 "Over many epochs the training loss still is a line in 1/sqrt(T)",
@@ -101,7 +103,7 @@ def experiment(lab: Lab) -> Outcome:
                 "Over many epochs the test loss is not: overfitting bends it up",
                 f"R2 {many['test']['r2']:.3f}; lowest after {many['epochs'].iloc[lowest]:.0f} epochs, {risen:.1%} "
                 f"above that at the end",
-                bool(many["test"]["r2"] < GOOD or risen > 0.02),
+                bool(risen > 0.02),
             ),
         ],
     )

@@ -58,9 +58,11 @@ def experiment(lab: Lab) -> Outcome:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     colors, numbers, claims = palette(SIZES[lab.scale]), dict[str, Any](), []
     for ax, (which, title) in zip(figure.subplots(1, 2), {"full": "all weights", "lora": "LoRA"}.items(), strict=True):
+        lost = 0
         for size in SIZES[lab.scale]:
             table = lab.train(fine_tuning(lab.scale, size, weights[size], which)).table
             runs = table[table["status"] == "done"]
+            lost += len(table) - len(runs)
             line = fit_line(runs["T"].to_numpy(), runs["loss"].to_numpy())
             numbers[f"{which} {size}"] = vars(line)
             x = np.linspace(0, runs["T"].min() ** -0.5, 50)
@@ -72,8 +74,9 @@ def experiment(lab: Lab) -> Outcome:
         ax.set_title(f"Fine-tuning {title}", loc="left", fontsize=10)
         finish(ax)
         r2 = [numbers[f"{which} {size}"]["r2"] for size in SIZES[lab.scale]]
-        said = f"R2 {span(r2, '.4f')} for {' and '.join(SIZES[lab.scale])}"
-        claims.append(Claim(f"Fine-tuning {title}: the loss is a line in 1/sqrt(T)", said, min(r2) >= GOOD))
+        said = f"R2 {span(r2, '.4f')} for {' and '.join(SIZES[lab.scale])}" + (f", {lost} diverged" if lost else "")
+        good = min(r2) >= GOOD and not lost
+        claims.append(Claim(f"Fine-tuning {title}: the loss is a line in 1/sqrt(T)", said, good))
     return Outcome(figure, numbers, claims)
 
 

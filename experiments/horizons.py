@@ -52,14 +52,16 @@ def horizons(lab: Lab, sweep: Sweep, paper: dict[str, str]) -> Outcome:
     rates_at = table[table["status"] == "done"].groupby("T")[["eta_ref", "loss"]].apply(_best_rate)
     late = rates_at[rates_at.index >= longest / 8]
     r2 = [line.r2 for line in fit.lines]
-    straight = sum(x >= GOOD for x in r2)
+    rates = table["eta_ref"].nunique()
+    straight = sum(line.r2 >= GOOD and len(line.T) > 2 for line in fit.lines)
+    short = sum(len(line.left_out) for line in fit.lines)
     chosen = fit.best(longest)
     claims = [
         Claim(
             "At peak rate eta_ref/sqrt(T) the loss is a line in 1/sqrt(T) for every eta_ref",
-            f"R2 {span(r2, '.4f')}; {straight} of {len(r2)} rates at {GOOD} or more"
-            + (f"; {len(fit.diverged)} runs diverged" if fit.diverged else ""),
-            straight == len(r2),
+            f"R2 {span(r2, '.4f')}; {straight} of {rates} rates at {GOOD} or more; {short} of {len(table)} runs left "
+            "out as too short" + (f", {len(fit.diverged)} runs diverged" if fit.diverged else ""),
+            straight == rates,
         ),
         Claim(
             f"Lines of short horizons predict long ones ({paper['reach']})",
@@ -98,7 +100,7 @@ def _unseen(table: pd.DataFrame, longest: int) -> pd.DataFrame:
         return pd.DataFrame()
     rows = []
     for line in early.lines:
-        if len(line.T) < 3 or line.r2 < GOOD:
+        if len(line.T) < 3:
             continue
         reach = table[(table["eta_ref"] == line.eta_ref) & (table["T"] >= FURTHER * line.T.max())]
         for run in reach[reach["status"] == "done"].itertuples():

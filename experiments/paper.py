@@ -107,9 +107,12 @@ class Lab:
           UserError: as `cdl sweep`.
         """
         changes = cdl.config.parse_assignments(self._arguments.changes)
+        if set_here := sorted(changes.keys() & {field for change in sweep.grid for field in change}):
+            raise UserError(f"{set_here[0]} is set by the script, run by run; change it there")
         points = [changes | change for change in sweep.grid]
         folder = self.out / sweep.folder
-        runs = Runs(folder, cdl.run_sweep(sweep.config, points, folder, self._arguments, keep=sweep.keep))
+        keep = sweep.keep or self._arguments.keep
+        runs = Runs(folder, cdl.run_sweep(sweep.config, points, folder, self._arguments, keep=keep))
         self.seconds |= dict(zip(runs.table["id"], runs.table["seconds"], strict=True))
         self.device, self.versions = runs.table["device"].iloc[-1], runs.table["versions"].iloc[-1]
         return runs
@@ -149,19 +152,25 @@ def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> No
             claims=[asdict(claim) for claim in outcome.claims],
             numbers=outcome.numbers,
         )
-        (out / f"{name}.json").write_text(json.dumps(written, indent=1, default=_plain) + "\n")
+        text = json.dumps(written, indent=1, default=_plain) + "\n"
         if outcome.text:
             print(outcome.text)
             (out / f"{name}.md").write_text(outcome.text + "\n")
         if outcome.figure:
             outcome.figure.savefig(out / f"{name}.png", dpi=110)
             print(f"Figure: {out / f'{name}.png'}")
+        (out / f"{name}.json").write_text(text)
         for claim in outcome.claims:
             verdict = {True: "agrees", False: "DISAGREES", None: "not tested at this scale"}[claim.agrees]
             print(f"Paper: {claim.paper}\nHere:  {claim.here} ({verdict})")
         print(f"Numbers: {out / f'{name}.json'}")
 
     sweep_arguments = parse(["sweep", "--config=", f"--out={out}", *rest])
+    for option, value in (("--config", sweep_arguments.config), ("--dry-run", sweep_arguments.dry_run)):
+        if value:
+            parser.error(f"{option} is for cdl sweep, and the script says what is trained")
+    if sweep_arguments.check or sweep_arguments.distributed or sweep_arguments.coordinator:
+        parser.error("--check, --distributed and --coordinator are for cdl sweep; take --workers for several processes")
     sweep_arguments.run = work
     sys.exit(run(sweep_arguments))
 

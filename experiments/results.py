@@ -2,7 +2,8 @@
 
     python experiments/results.py runs/paper-laptop [more folders]
 
-Takes the numbers as they are in the folders; figures are copied to experiments/results/.
+Numbers, figures and tables are copied to experiments/results/, in the place of those of the same scripts and scales,
+and the page is of all that is there.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 from paper import ROOT
 
 VERDICT = {True: "agrees", False: "**disagrees**", None: "not tested"}
-HERE = ROOT / "experiments"
+RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "experiments" / "RESULTS.md"
 
 INTRODUCTION = """# What the paper says, and what came out here
 
@@ -35,47 +36,60 @@ early training. "paper" is the paper's own setting, here on published runs alone
 
 
 def main() -> None:
-    """Write the page."""
+    """Take over what folders have, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="what scripts wrote to (--out)")
-    folders = [Path(folder) for folder in parser.parse_args().folders]
-    found: list[tuple[dict[str, Any], Path]] = []
-    for folder in folders:
-        files = sorted([*folder.glob("fig*.json"), *folder.glob("tab*.json")])
-        if not files:
-            sys.exit(f"{folder} holds no numbers of a script; run one, such as python experiments/fig01_exam.py")
-        found += [(json.loads(file.read_text()), folder) for file in files]
-    found.sort(key=lambda x: (x[0]["script"], x[0]["scale"]))
-    trained = [x for x, _ in found if x["machine"]]
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="what scripts wrote to (--out)")
+    for folder in parser.parse_args().folders:
+        take_over(folder)
+    found = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]
+    if not found:
+        sys.exit(f"{RESULTS} holds no numbers of a script; run one, such as python experiments/fig01_exam.py")
+    found.sort(key=lambda x: (x["script"], x["scale"]))
+    trained = [x for x in found if x["machine"]]
     machines = " and ".join(sorted({x["machine"] for x in trained}))
     versions = trained[-1]["versions"] if trained else {}
     said = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax", "python") if name in versions)
-    rows, sections = [], []
-    shutil.rmtree(HERE / "results", ignore_errors=True)
-    (HERE / "results").mkdir()
-    for x, folder in found:
-        script, title = x["script"], x["title"]
-        label, _, _ = title.partition(":")
-        for claim in x["claims"]:
-            cells = [label, claim["paper"], claim["here"], x["scale"], VERDICT[claim["agrees"]]]
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        where = f"`{x['command']}`"
-        took = f", {x['runs']} runs of {x['run_seconds']:,.0f} s in all" if x["runs"] else ""
-        part = [f"## {title} ({x['scale']})", "", f"{where}{took}.", ""]
-        figure = folder / f"{script}.png"
-        if figure.is_file():
-            name = f"{script}-{x['scale']}.png"
-            shutil.copyfile(figure, HERE / "results" / name)
-            part += [f"![{title}](results/{name})", ""]
-        table = folder / f"{script}.md"
-        if table.is_file():
-            part += [table.read_text().rstrip(), ""]
-        sections.append("\n".join(part))
-    agree = [claim["agrees"] for x, _ in found for claim in x["claims"]]
+    rows = [row(x, claim) for x in found for claim in x["claims"]]
+    agree = [claim["agrees"] for x in found for claim in x["claims"]]
     count = f"\n{agree.count(True)} claims agree, {agree.count(False)} disagree, {agree.count(None)} not tested.\n"
     page = INTRODUCTION.format(machines=f"{machines} ({said})") + "\n".join(rows) + "\n" + count
-    (HERE / "RESULTS.md").write_text(page + "\n" + "\n".join(sections))
-    print(f"{HERE / 'RESULTS.md'}:{count}", end="")
+    PAGE.write_text(page + "\n" + "\n".join(map(section, found)))
+    print(f"{PAGE}:{count}", end="")
+
+
+def take_over(folder: Path) -> None:
+    """Copy what scripts have written to a folder; of other scripts and scales, what is there stays."""
+    files = sorted([*folder.glob("fig*.json"), *folder.glob("tab*.json")])
+    if not files:
+        sys.exit(f"{folder} holds no numbers of a script; run one, such as python experiments/fig01_exam.py")
+    RESULTS.mkdir(exist_ok=True)
+    for file in files:
+        scale = json.loads(file.read_text())["scale"]
+        for kind in (".json", ".png", ".md"):
+            written, kept = file.with_suffix(kind), RESULTS / f"{file.stem}-{scale}{kind}"
+            if written.is_file():
+                shutil.copyfile(written, kept)
+            else:
+                kept.unlink(missing_ok=True)
+
+
+def row(x: dict[str, Any], claim: dict[str, Any]) -> str:
+    """Of the table: a claim of a script."""
+    label, _, _ = x["title"].partition(":")
+    cells = [label, claim["paper"], claim["here"], x["scale"], VERDICT[claim["agrees"]]]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def section(x: dict[str, Any]) -> str:
+    """What a script has shown."""
+    took = f", {x['runs']} runs of {x['run_seconds']:,.0f} s in all" if x["runs"] else ""
+    part = [f"## {x['title']} ({x['scale']})", "", f"`{x['command']}`{took}.", ""]
+    name = f"{x['script']}-{x['scale']}"
+    if (RESULTS / f"{name}.png").is_file():
+        part += [f"![{x['title']}](results/{name}.png)", ""]
+    if (RESULTS / f"{name}.md").is_file():
+        part += [(RESULTS / f"{name}.md").read_text().rstrip(), ""]
+    return "\n".join(part)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def experiment(lab: Lab) -> Outcome:
         for row, x in zip(rows(), numbers, strict=True)
     }
     elsewhere = [f"{name}: {words}" for name, (row, words) in said.items() if row.printed.startswith(ELSEWHERE)]
+    right = [all(abs(r - 1) <= RIGHT for r in x["ratios"][:2]) for x in numbers if x["printed"].startswith(ELSEWHERE)]
     off = [
         f"{name}: {words}"
         for x, (name, (row, words)) in zip(numbers, said.items(), strict=True)
@@ -107,7 +108,7 @@ def experiment(lab: Lab) -> Outcome:
             else "all right",
             not off,
         ),
-        Claim("The optimum of WSD in (A.6), and q1 of WSD in Generalization 2", "; ".join(elsewhere), False),
+        Claim("The optimum of WSD in (A.6), and q1 of WSD in Generalization 2", "; ".join(elsewhere), all(right)),
     ]
     return Outcome(None, {"rows": numbers}, claims, "\n".join(lines))
 

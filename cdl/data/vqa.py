@@ -264,7 +264,10 @@ def _parquet(files: Sequence[Path], heldout: float, vocabulary: Any) -> Records:
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group, columns=list(_COLUMNS))
             for row, (texts, images) in enumerate(zip(table["texts"], table["images"], strict=True)):
-                turns.append([(turn["user"] or "", turn["assistant"] or "") for turn in texts.as_py() or []])
+                said = [(turn["user"] or "", turn["assistant"] or "") for turn in texts.as_py() or []]
+                if not said:
+                    continue  # nothing to learn
+                turns.append(said)
                 size = [len(image["bytes"].as_buffer() or b"") for image in images] if images.is_valid else []
                 sizes.update(repr(size).encode())
                 found.append((len(groups), row, len(size)))

@@ -122,5 +122,7 @@ def most_lanes(point: Point, memory: float, rows: int) -> int:
     batch = jax.eval_shape(dataset.prepare, jax.tree.map(lambda x: x[0], dataset.heldout(1)))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype), batch)
     # Gradients are as large as parameters, and a state is held twice while lanes are filled.
-    each = 2 * state_bytes(model, optimizer, mesh) + activation_bytes(model, batch)
-    return rows * max(1, int(_OF_MEMORY * memory / each))
+    own = state_bytes(model._replace(frozen=None), optimizer, mesh)
+    shared = state_bytes(model, optimizer, mesh) - own
+    each = 2 * own + activation_bytes(model, batch)
+    return rows * max(1, int((_OF_MEMORY * memory - shared) / each))

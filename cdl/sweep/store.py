@@ -37,6 +37,7 @@ import pandas as pd
 
 from cdl.errors import UserError, unknown
 from cdl.sweep.claims import TEMPORARY, Attempts, Claims, Worker, create, replace
+from cdl.sweep.later import NEUTRAL
 
 if TYPE_CHECKING:  # a reader of results needs no model
     from cdl.sweep.grid import Point
@@ -92,6 +93,7 @@ class Store:
         record = self.root / _RECORD
         if record.is_file():
             old, fixed = read_json(record, "this file")["fixed"], _common(points)
+            old |= {field: value for field, value in NEUTRAL.items() if field in fixed and field not in old}
             # Names first: another optimizer also has other arguments, but that is not the news.
             for field, there in sorted(old.items(), key=lambda x: (not x[0].endswith(".name"), x[0])):
                 here = fixed.get(field, "varied")
@@ -354,7 +356,7 @@ class Store:
         if "loss" not in result or not (point or "config" in described):
             raise UserError(f"{folder} is damaged: a field is missing; remove it and run the sweep again")
         fingerprints = {field: described.get(field, "") for field in _FINGERPRINTS}
-        return {"id": id} | result | dict(point or described["config"] | fingerprints)
+        return {"id": id} | result | dict(point or NEUTRAL | described["config"] | fingerprints)
 
     def begun(self) -> list[Path]:
         """The folders of points under way, given up, or kept weights of."""

@@ -1,23 +1,30 @@
 """Adapters against `peft` on the same weights; what is trained, saved and merged."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from flax.traverse_util import flatten_dict
 
 from cdl.cli import main
-from cdl.config import base, change, section
+from cdl.config import base, change, flatten, section
 from cdl.errors import UserError
 from cdl.models.build import Model, build
 from cdl.models.gpt2 import arguments
 from cdl.models.lora import LoRA, merge
 from cdl.models.pretrained import save, to_hugging_face
 from cdl.optim import build as optimizers
+from cdl.planning import settings
+from cdl.probing import probe
 from cdl.sharding import AXES, make_mesh
+from cdl.sweep import initial
+from cdl.sweep.later import NEUTRAL
 from cdl.sweep.programs import points_of
 from cdl.sweep.store import Store
 from cdl.train.checkpoint import read_weights
@@ -236,3 +243,72 @@ def test_lanes_of_one_program_adapt_the_same_weights(start: Path, tmp_path: Path
     )
     assert whole[0].program == whole[1].program
     assert adapted[0].program != adapted[1].program
+
+
+@pytest.mark.slow
+def test_a_folder_or_a_plan_takes_no_runs_of_both_kinds(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sweep(*changes: str) -> int:
+        return main(["sweep", f"--config={TINY}", f"--out={tmp_path / 'out'}", f"init={start}", *changes])
+
+    assert sweep() == 0
+    for changed in (["lora.rank=2"], ["optimizer.rates=token:2"]):
+        assert sweep(*changed) == 2
+        assert f"belongs to another sweep: {changed[0].partition('=')[0]} is" in capsys.readouterr().err
+    table = Store(tmp_path / "out").table()
+    assert set(table["lora.rank"]) == {0}
+    assert {"lora.rank", "lora.targets", "optimizer.rates"} <= set(settings(table))
+    # As of before there were such fields.
+    for file in (tmp_path / "out").glob("*/point.json"):
+        point = json.loads(file.read_text())
+        point["config"] = {k: v for k, v in point["config"].items() if k not in NEUTRAL}
+        file.write_text(json.dumps(point))
+    pd.testing.assert_frame_equal(Store(tmp_path / "out").table(), table, check_like=True)
+    assert sweep() == 0
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_fields_that_came_later_are_what_a_config_has_by_itself() -> None:
+    flat = flatten(base())
+    assert {field: flat[field] for field in NEUTRAL} == NEUTRAL
+
+
+def test_adapters_are_probed_and_not_what_is_frozen(start: Path, tmp_path: Path) -> None:
+    lora = ["lora.rank=2", f"init={start}", "optimizer.name=adamw", "T=12", "checkpoint.steps=4", "checkpoint.keep=9"]
+    assert main(["train", f"--config={TINY}", f"--out={tmp_path}", "--keep", *lora]) == 0
+    (id,) = Store(tmp_path).ids()
+    found = probe(tmp_path, id, samples=128, curvature=0)
+    assert found.step_P.tolist() == [0, 4, 8, 12]
+    first, last = (read_weights(tmp_path / "checkpoints" / id / f"step_{s}")[0] for s in (4, 12))
+    moved = sum(float(((a - b) ** 2).sum()) for a, b in zip(*map(jax.tree.leaves, (first, last)), strict=True))
+    np.testing.assert_allclose(found.path.distance_PxP[1, 3], moved**0.5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_export_wants_the_weights_that_were_adapted(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(start, tmp_path / "start")
+    lora = ["lora.rank=2", f"init={tmp_path / 'start'}", "T=8"]
+    assert main(["train", f"--config={TINY}", f"--out={tmp_path / 'out'}", *lora]) == 0
+    shutil.rmtree(tmp_path / "start")
+    save(THREE_K, jax.tree.map(lambda x: 2 * x, weights(THREE_K)), {}, tmp_path / "start")
+    initial._fingerprint.cache_clear()
+    initial._load.cache_clear()
+    assert main(["export", str(tmp_path / "out"), "", f"--out={tmp_path / 'merged'}"]) == 2
+    assert "is not what was adapted" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_goes_on_bit_for_bit(start: Path, tmp_path: Path) -> None:
+    lora = ["lora.rank=2", f"init={start}", "optimizer.name=adamw", "T=30", "checkpoint.steps=10", "checkpoint.keep=3"]
+    for out in ("whole", "stopped"):
+        assert main(["train", f"--config={TINY}", f"--out={tmp_path / out}", "--keep", *lora]) == 0
+    (id,) = Store(tmp_path / "whole").ids()
+    shutil.rmtree(tmp_path / "stopped" / id)  # as if it had been stopped after update 10
+    for step in (20, 30):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / id / f"step_{step}")
+    assert main(["train", f"--config={TINY}", f"--out={tmp_path / 'stopped'}", *lora]) == 0
+    whole, stopped = (Store(tmp_path / out).curve(id) for out in ("whole", "stopped"))
+    pd.testing.assert_frame_equal(whole, stopped, check_exact=True)

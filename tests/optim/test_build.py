@@ -66,3 +66,42 @@ def test_bad_sections_are_named(section: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as e:
         build(section)
     assert said in str(e.value)
+
+
+PARTS = {"vision": {"kernel": jnp.ones((3, 4))}, "projector": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+
+
+def updates_of(section: dict[str, Any]) -> Any:
+    optimizer = build(section)
+    state = optax.tree_utils.tree_set(optimizer.init(PARTS), learning_rate=0.1)
+    grads = jax.tree.map(lambda x: x * jnp.arange(1.0, 1.0 + x.size).reshape(x.shape), PARTS)
+    return optimizer.update(grads, state, PARTS)[0]
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_parts_of_a_model_have_their_own_rates(name: str) -> None:
+    """Weight decay, which the rate multiplies, among it."""
+    section = dict(name=name, weight_decay=0.3)
+    plain, scaled = updates_of(section), updates_of(section | dict(rates="projector:100, projector/bias:0.5"))
+    factors = {"vision": {"kernel": 1.0}, "projector": {"kernel": 100.0, "bias": 0.5}}  # the longest beginning counts
+    expected = jax.tree.map(lambda x, factor: x * factor, plain, factors)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scaled, expected)
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ("project:10", "no parameter's path begins with 'project'; the model has projector, vision"),
+        ("projector", "'projector' must be a path and its factor once, as projector:100"),
+        ("projector:ten", "must be a path and its factor"),
+        ("vision:-1", "must be a path and its factor"),
+        ("vision:1, vision:2", "'vision:2' must be a path and its factor once"),
+    ],
+)
+def test_rates_of_parts_that_make_no_sense(rates: str, said: str) -> None:
+    def use() -> None:
+        build(dict(name="sgd", rates=rates)).init(PARTS)
+
+    with pytest.raises(UserError) as caught:
+        use()
+    assert said in str(caught.value)
