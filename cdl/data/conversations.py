@@ -17,7 +17,18 @@ from ml_collections import ConfigDict
 from cdl.data.vocabulary import Vocabulary
 from cdl.errors import UserError, check_share, say
 
-__all__ = ["Conversations", "Rows", "Turns", "check_section", "fingerprint", "fitting", "holds_out", "tokenize"]
+__all__ = [
+    "Conversations",
+    "Rows",
+    "Turns",
+    "check_section",
+    "fingerprint",
+    "fitting",
+    "holds_out",
+    "shuffled",
+    "spread",
+    "tokenize",
+]
 
 Turns = Sequence[tuple[str, str]]
 
@@ -125,6 +136,36 @@ class Rows(grain.sources.RandomAccessDataSource):
 
     def __repr__(self) -> str:
         return f"Rows(n={len(self)}, S={self._S})"
+
+
+def shuffled(
+    rows: grain.sources.RandomAccessDataSource, section: ConfigDict, seed: int, part: tuple[int, int]
+) -> grain.MapDataset:
+    """Batches of rows in a random order, each row once an epoch; of part (p, P) the p-th of P equal parts of each.
+
+    Raises:
+      UserError: P processes cannot share a batch.
+    """
+    p, P = part
+    B = section.batch_size
+    if B % P:
+        raise UserError(f"data.batch_size={B} cannot be shared by {P} processes; use a multiple of {P}")
+    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(B // P, drop_remainder=True)[p::P]
+
+
+def spread(
+    rows: grain.sources.RandomAccessDataSource, conversations: Conversations, section: ConfigDict, size: int
+) -> dict[str, np.ndarray]:
+    """As many batches of these rows as have about `size` learned tokens, with a leading axis E, evenly spread.
+
+    Args:
+      conversations: of which they are rows.
+    """
+    B = section.batch_size
+    mean = conversations.learned_N.sum() / len(conversations)
+    E = min(max(1, round(size / (B * mean))), len(rows) // B)
+    chosen = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, E * B).astype(np.int64)]
+    return {name: np.stack([row[name] for row in chosen]).reshape(E, B, *chosen[0][name].shape) for name in chosen[0]}
 
 
 def holds_out(text: str, share: float) -> bool:

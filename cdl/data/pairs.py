@@ -21,7 +21,17 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from cdl.data.conversations import Conversations, Rows, check_section, fingerprint, fitting, holds_out, tokenize
+from cdl.data.conversations import (
+    Conversations,
+    Rows,
+    check_section,
+    fingerprint,
+    fitting,
+    holds_out,
+    shuffled,
+    spread,
+    tokenize,
+)
 from cdl.data.text import source_files
 from cdl.data.vocabulary import read_vocabulary
 from cdl.errors import UserError
@@ -73,13 +83,8 @@ def batches(pairs: Pairs, section: ConfigDict, seed: int, part: tuple[int, int] 
     Raises:
       UserError: too few pairs for one batch, or P processes cannot share B of them.
     """
-    p, P = part
-    B = section.batch_size
-    if B % P:
-        raise UserError(f"data.batch_size={B} cannot be shared by {P} processes; use a multiple of {P}")
     rows = Rows(pairs.train, fitting(pairs.train, section, "training"), section.seq_len)
-    shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    return shuffled.batch(B // P, drop_remainder=True)[p::P]
+    return shuffled(rows, section, seed, part)
 
 
 def heldout_batches(pairs: Pairs, section: ConfigDict, size: int) -> dict[str, np.ndarray]:
@@ -89,13 +94,8 @@ def heldout_batches(pairs: Pairs, section: ConfigDict, size: int) -> dict[str, n
     Raises:
       UserError: too few pairs for one batch.
     """
-    B, S = section.batch_size, section.seq_len
-    index = fitting(pairs.heldout, section, "evaluation")
-    mean = pairs.heldout.learned_N.sum() / len(pairs.heldout)
-    E = min(max(1, round(size / (B * mean))), len(index) // B)
-    rows = Rows(pairs.heldout, index, S)
-    chosen = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, E * B).astype(np.int64)]
-    return {name: np.stack([row[name] for row in chosen]).reshape(E, B, -1) for name in chosen[0]}
+    rows = Rows(pairs.heldout, fitting(pairs.heldout, section, "evaluation"), section.seq_len)
+    return spread(rows, pairs.heldout, section, size)
 
 
 @functools.lru_cache(maxsize=4)

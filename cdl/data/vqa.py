@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from cdl.data import augment, conversations
-from cdl.data.conversations import Conversations, Rows, Turns, fitting, holds_out, tokenize
+from cdl.data.conversations import Conversations, Rows, Turns, fitting, holds_out, shuffled, spread, tokenize
 from cdl.data.vocabulary import read_vocabulary
 from cdl.errors import UserError
 
@@ -118,12 +118,7 @@ def batches(records: Records, section: ConfigDict, seed: int, part: tuple[int, i
     Raises:
       UserError: too few records for one batch, or P processes cannot share B of them.
     """
-    p, P = part
-    B = section.batch_size
-    if B % P:
-        raise UserError(f"data.batch_size={B} cannot be shared by {P} processes; use a multiple of {P}")
-    source = _Rows(records.train, section, "training")
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(B // P, drop_remainder=True)[p::P]
+    return shuffled(_Rows(records.train, section, "training"), section, seed, part)
 
 
 def heldout_batches(records: Records, section: ConfigDict, size: int) -> dict[str, np.ndarray]:
@@ -133,12 +128,8 @@ def heldout_batches(records: Records, section: ConfigDict, size: int) -> dict[st
     Raises:
       UserError: too few records for one batch.
     """
-    B = section.batch_size
     rows = _Rows(records.heldout, section, "evaluation")
-    said = records.heldout.conversations
-    E = min(max(1, round(size / (B * said.learned_N.sum() / len(said)))), len(rows) // B)
-    chosen = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, E * B).astype(np.int64)]
-    return {name: np.stack([row[name] for row in chosen]).reshape(E, B, *chosen[0][name].shape) for name in chosen[0]}
+    return spread(rows, records.heldout.conversations, section, size)
 
 
 class _Rows(grain.sources.RandomAccessDataSource):

@@ -136,8 +136,10 @@ def build(section: Mapping[str, Any], compute: Compute = Compute(), lora: LoRA =
         return model
 
     trained = nnx.LoRAParam if lora.rank else nnx.Param
-    graphdef, shapes, frozen, _ = nnx.split(nnx.eval_shape(lambda: make(0)), trained, nnx.Param, nnx.BatchStat)
-    if lora.rank and jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: make(0)), nnx.BatchStat)):
+    graphdef, shapes, frozen, batch_stats = nnx.split(
+        nnx.eval_shape(lambda: make(0)), trained, nnx.Param, nnx.BatchStat
+    )
+    if lora.rank and jax.tree.leaves(batch_stats):
         raise UserError(
             f"lora.rank={lora.rank}: model.name={name!r} has batch statistics, which no adapter keeps; use 0"
         )
