@@ -42,7 +42,7 @@ __all__ = [
 
 NAMED = ("model", "data", "optimizer", "schedule")  # sections whose other fields depend on their name
 HOW = ("compute", "mesh", "checkpoint")  # sections that change rounding, memory and time, and no result but for these
-PATHS = ("data.path", "init")  # of files that count by what is in them
+PATHS = ("data.path", "data.tokenizer", "init")  # of files that count by what is in them
 # Fields for which an int (updates) and a float (share of T) mean different things: never converted.
 _DURATIONS = {"schedule.warmup", "schedule.decay", "schedule.rise"}
 

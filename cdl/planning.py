@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, overload
 
 import pandas as pd
 
+from cdl.config import PATHS
 from cdl.errors import UserError
 from cdl.laws.horizon import FURTHER, HorizonFit, Line, NoLaw, Prediction, fit_horizon
 from cdl.laws.scaling import ScalingFit, fit_scaling
@@ -25,11 +26,11 @@ _SIZE = ("model.n_layer", "model.n_head", "model.d_model")  # what the pilots of
 def settings(table: pd.DataFrame) -> list[str]:
     """The columns of a sweep's table that one law must have in common: its config but for the axes of the law.
 
-    Of the schedule that includes everything: it is a shape over the horizon. Paths of data and weights are left out,
-    their fingerprints are in.
+    Of the schedule that includes everything: it is a shape over the horizon. Paths of files are left out, the
+    fingerprints of what is in them are in.
     """
     sections = ("model", "data", "optimizer", "schedule", "eval", "init", "lora")
-    return [c for c in table.columns if c.split(".")[0] in sections and c not in ("data.path", "init")]
+    return [c for c in table.columns if c.split(".")[0] in sections and c not in PATHS]
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,9 @@ def _split(pairs: Texts, heldout: float) -> tuple[Texts, Texts]:
 
 def _csv(path: Path, prompt: str, answer: str) -> Texts:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as e:  # pandas' own errors are ValueErrors
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # rows longer than the header
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (ValueError, OSError, pd.errors.ParserWarning) as e:  # pandas' own errors are ValueErrors
         raise UserError(f"data.path: {str(path)!r} is no CSV file ({str(e).splitlines()[0]}); give one") from e
     for field, name in (("prompt", prompt), ("answer", answer)):
         if name not in table:

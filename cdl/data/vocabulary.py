@@ -34,7 +34,7 @@ class Vocabulary(Protocol):
 
 
 def read_vocabulary(name: str) -> Vocabulary:
-    """The tokenizer behind ``--tokenizer``: ``bytes``, ``VOCAB.json,MERGES.txt`` or a ``tokenizer.json``.
+    """The tokenizer of ``--tokenizer`` and `data.tokenizer`: bytes, ``VOCAB.json,MERGES.txt`` or a ``tokenizer.json``.
 
     Raises:
       UserError: not there, not readable, files that do not fit together, no token that ends documents, or the
@@ -42,21 +42,19 @@ def read_vocabulary(name: str) -> Vocabulary:
     """
     if name == "bytes":
         return _Bytes()
-    files = [Path(name)] if Path(name).is_file() else [Path(part) for part in name.split(",")]
+    files = [Path(part).expanduser() for part in ([name] if Path(name).expanduser().is_file() else name.split(","))]
     for file in files:
         if not file.is_file():
-            raise UserError(
-                f"--tokenizer={name}: there is no file {file}; give bytes, VOCAB.json,MERGES.txt or a .json"
-            )
+            raise UserError(f"tokenizer={name}: there is no file {file}; give bytes, VOCAB.json,MERGES.txt or a .json")
     try:
         import tokenizers  # noqa: F401
     except ImportError as e:
-        raise UserError(f"--tokenizer={name} needs the package tokenizers: pip install tokenizers") from e
+        raise UserError(f"tokenizer={name} needs the package tokenizers: pip install tokenizers") from e
     if len(files) == 1:
         return _Files(_tokenizer_json(files[0]), files)
     if len(files) == 2:
         return _Files(_bpe(*files), files)
-    raise UserError(f"--tokenizer={name} has {len(files)} files; give bytes, VOCAB.json,MERGES.txt or a tokenizer.json")
+    raise UserError(f"tokenizer={name} has {len(files)} files; give bytes, VOCAB.json,MERGES.txt or a tokenizer.json")
 
 
 class _Bytes:
@@ -105,11 +103,11 @@ def _tokenizer_json(file: Path) -> "tokenizers.Tokenizer":
 
     content = _json(file)
     if "model" not in content:
-        raise UserError(f"--tokenizer={file} has no model in it; give a tokenizer.json, or VOCAB.json,MERGES.txt")
+        raise UserError(f"tokenizer={file} has no model in it; give a tokenizer.json, or VOCAB.json,MERGES.txt")
     try:
         tokenizer = Tokenizer.from_str(json.dumps(content))
     except Exception as e:  # it raises nothing narrower
-        raise UserError(f"--tokenizer={file} is no tokenizer.json ({str(e).splitlines()[0]}); save it again") from e
+        raise UserError(f"tokenizer={file} is no tokenizer.json ({str(e).splitlines()[0]}); save it again") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -163,7 +161,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except ValueError as e:
-        raise UserError(f"--tokenizer: {file} is no JSON ({e}); give VOCAB.json,MERGES.txt or a tokenizer.json") from e
+        raise UserError(f"tokenizer: {file} is no JSON ({e}); give VOCAB.json,MERGES.txt or a tokenizer.json") from e
     if not isinstance(content, dict):
-        raise UserError(f"--tokenizer: {file} is no JSON object; give VOCAB.json,MERGES.txt or a tokenizer.json")
+        raise UserError(f"tokenizer: {file} is no JSON object; give VOCAB.json,MERGES.txt or a tokenizer.json")
     return content

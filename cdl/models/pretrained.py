@@ -68,7 +68,7 @@ def paths_of(name: str, path: str | os.PathLike[str]) -> list[Path]:
     return [Path(one).expanduser() for one in both]
 
 
-def load(section: Mapping[str, Any], path: str | os.PathLike[str], seed: int = 0) -> tuple[Any, Any]:
+def load(section: Mapping[str, Any], path: str | os.PathLike[str], seed: int | None = 0) -> tuple[Any, Any]:
     """Parameters and statistics of the model of a config section, as `Model.init` gives them, from a file.
 
     Args:
@@ -77,6 +77,7 @@ def load(section: Mapping[str, Any], path: str | os.PathLike[str], seed: int = 0
       path: a folder with ``model.safetensors`` or ``model.safetensors.index.json`` and its parts, or one of these. For
         `vlm`, two such paths joined by a comma, of the vision and the language model, or a folder that `save` made.
       seed: what files may lack is drawn from it, as in `Model.init`: the head of a ViT or ResNet, the projector.
+        None: nothing may be lacking, for who trains adapters alone.
 
     Returns:
       Trees of NumPy arrays, float32 whatever the file has. In memory there are these, and one tensor of the file.
@@ -91,6 +92,11 @@ def load(section: Mapping[str, Any], path: str | os.PathLike[str], seed: int = 0
     leaves = {name: np.empty(leaf.shape, np.float32) for name, leaf in (_named(params) | _named(stats)).items()}
     paths = paths_of(section["name"], path)
     absent = _fill_vlm(section, leaves, paths) if section["name"] == "vlm" else _fill(section, leaves, paths[0])
+    if absent and seed is None:
+        raise UserError(
+            f"{os.fspath(path)} lacks the {absent[0]}, which adapters would leave as it is drawn; train it first, with "
+            f"lora.rank=0"
+        )
     for name in absent:
         drawn = jax.jit(lambda seed, name=name: model.init(seed)[0][name])(seed)
         leaves |= {f"{name}/{leaf}": np.asarray(value) for leaf, value in _named(drawn).items()}

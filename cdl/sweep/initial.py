@@ -25,28 +25,28 @@ def load(c: ConfigDict) -> tuple[Any, Any]:
     """Parameters and statistics of a config with `init`, NumPy arrays that all runs of one model and seed share.
 
     Raises:
-      UserError: nothing there that can be read, or the weights of another model.
+      UserError: nothing there that can be read, the weights of another model, or weights that lack a part that adapters
+        would leave as it is drawn.
     """
-    # Runs of one program share what they adapt, whatever their seeds.
-    return _load(c.init, _hashable(c.model), 0 if c.lora.rank else c.seed)
+    return _load(c.init, _hashable(c.model), None if c.lora.rank else c.seed)
 
 
 def fingerprint(c: ConfigDict) -> str:
     """A hash of the weights, whatever file has them; "" where they are drawn. Raises as `load` does."""
-    return _fingerprint(c.init, _hashable(c.model)) if c.init else ""
+    return _fingerprint(c.init, _hashable(c.model), None if c.lora.rank else 0) if c.init else ""
 
 
 @functools.lru_cache(maxsize=4)
-def _fingerprint(path: str, model: Section) -> str:
+def _fingerprint(path: str, model: Section, seed: int | None) -> str:
     h = hashlib.sha256()
-    for place, leaf in jax.tree.leaves_with_path(_load(path, model, 0)):
+    for place, leaf in jax.tree.leaves_with_path(_load(path, model, seed)):
         h.update(f"{jax.tree_util.keystr(place)}{leaf.shape};".encode())
         h.update(np.ascontiguousarray(leaf, "<f4").data)
     return h.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: str, model: Section, seed: int) -> tuple[Any, Any]:
+def _load(path: str, model: Section, seed: int | None) -> tuple[Any, Any]:
     where = Path(path).expanduser()
     if not where.name.startswith("step_") and not any(where.glob("step_*")):
         return pretrained.load(dict(model), path, seed)

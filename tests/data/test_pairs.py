@@ -1,5 +1,6 @@
 """Pairs of prompts and answers: the loss is of answers alone, and each pair comes once an epoch."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pandas as pd
 import pytest
 from ml_collections import ConfigDict
 
-from cdl.config import section
+from cdl.config import base, flatten, section
 from cdl.data import build
 from cdl.data.pairs import batches, heldout_batches, read_pairs
 from cdl.errors import UserError
+from cdl.sweep.grid import Point
 
 PAIRS = [(f"name[Inn {i}], food[{'fish' * (i % 3)}]", f"Inn {i} has {'some ' * (i % 5)}food.") for i in range(40)]
 
@@ -112,6 +114,17 @@ def test_identity_is_of_the_tokens(file: Path, tmp_path: Path) -> None:
     assert build.fingerprint(of(copy, prompt="b", answer="a")) != one
 
 
+def test_a_tokenizer_counts_by_its_tokens_wherever_it_lies(file: Path, gpt2_files: str, tmp_path: Path) -> None:
+    def id(**changes: str) -> str:
+        c = base()
+        c.data = of(file, **changes)
+        return Point(flatten(c), build.fingerprint(c.data)).id
+
+    copies = [shutil.copy(name, tmp_path) for name in gpt2_files.split(",")]
+    assert id(tokenizer=gpt2_files) == id(tokenizer=",".join(copies))
+    assert id(tokenizer=gpt2_files) != id(tokenizer="bytes")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -137,6 +150,13 @@ def test_a_binary_file_is_no_csv(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(bytes(range(256)) * 8)
     with pytest.raises(UserError, match=r"no CSV file|no column"):
+        read_pairs(of(path))
+
+
+def test_rows_longer_than_the_header_are_no_index(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("mr,ref\n" + "".join(f"name{i},one, two\n" for i in range(40)))
+    with pytest.raises(UserError, match=r"x\.csv' is no CSV file .*Length of header"):
         read_pairs(of(path))
 
 

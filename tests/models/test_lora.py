@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
 
 from cdl.cli import main
 from cdl.config import base, change, flatten, section
 from cdl.errors import UserError
-from cdl.models.build import Model, build
+from cdl.models.build import MODELS, Model, build
 from cdl.models.gpt2 import arguments
 from cdl.models.lora import LoRA, merge
 from cdl.models.pretrained import save, to_hugging_face
@@ -231,6 +232,23 @@ def test_points(start: Path) -> None:
     assert adapted.program == point(lora__rank=2, init=str(start), seed=3, eta_ref=2.0).program
     with pytest.raises(UserError, match="say which by init="):
         point(lora__rank=2)
+
+
+def test_parts_that_a_file_lacks_are_not_frozen_as_they_are_drawn(tmp_path: Path) -> None:
+    vit = dict(name="vit") | MODELS["vit"].arguments() | dict(image_size=8, patch=4, n_layer=1, n_head=1, d_model=8)
+    save(vit, *build(vit).init(0), tmp_path)
+    tensors = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.startswith("classifier")}
+    save_file(tensors, tmp_path / "headless.safetensors", metadata={"format": "pt"})
+    c = change(base(), {"model.name": "vit", "data.name": "images", "data.path": "digits", "lora.targets": "qkv"})
+    c = change(c, {f"model.{k}": v for k, v in vit.items() if k != "name"})
+
+    def fingerprint(file: str, rank: int) -> str:
+        return initial.fingerprint(change(c, {"init": str(tmp_path / file), "lora.rank": rank}))
+
+    assert fingerprint("model.safetensors", 2) == fingerprint("model.safetensors", 0)
+    assert fingerprint("headless.safetensors", 0)
+    with pytest.raises(UserError, match="lacks the head, which adapters would leave as it is drawn; train it first"):
+        fingerprint("headless.safetensors", 2)
 
 
 def test_lanes_of_one_program_adapt_the_same_weights(start: Path, tmp_path: Path) -> None:
