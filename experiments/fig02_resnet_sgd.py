@@ -8,7 +8,7 @@ paper's (Appendix B). See experiments/paper.py for options.
 """
 
 from four_schedules import four_schedules
-from paper import Lab, Outcome, Sweep, main
+from paper import Lab, Outcome, Sweep, at_peak, main
 from resnet_runs import SHAPES, one_run
 
 PEAKS = {"linear": 0.225, "cosine": 0.225, "cyclic": 0.056, "wsd": 0.113}  # Appendix B
@@ -17,7 +17,7 @@ PEAKS = {"linear": 0.225, "cosine": 0.225, "cyclic": 0.056, "wsd": 0.113}  # App
 def sweeps(scale: str) -> list[Sweep]:
     """Four runs."""
     c = one_run(scale, "sgd")
-    return [Sweep("resnet18-sgd-schedules", c, [SHAPES[x] | {"eta_ref": PEAKS[x] * c.T**0.5} for x in PEAKS])]
+    return [Sweep("resnet18-sgd-schedules", c, [SHAPES[x] | at_peak(PEAKS[x], c.T) for x in PEAKS])]
 
 
 def experiment(lab: Lab) -> Outcome:

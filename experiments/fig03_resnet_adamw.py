@@ -7,7 +7,7 @@ the paper's. See experiments/paper.py for options.
 """
 
 from four_schedules import four_schedules
-from paper import Lab, Outcome, Sweep, main
+from paper import Lab, Outcome, Sweep, at_peak, main
 from resnet_runs import SHAPES, one_run
 
 PEAKS = {"linear": 0.0003, "cosine": 0.0003, "cyclic": 0.0003, "wsd": 0.00014}  # Appendix B
@@ -17,9 +17,7 @@ def sweeps(scale: str) -> list[Sweep]:
     """Four runs."""
     c = one_run(scale, "adamw")
     factor = 10 if scale == "laptop" else 1
-    return [
-        Sweep("resnet18-adamw-schedules", c, [SHAPES[x] | {"eta_ref": factor * PEAKS[x] * c.T**0.5} for x in PEAKS])
-    ]
+    return [Sweep("resnet18-adamw-schedules", c, [SHAPES[x] | at_peak(factor * PEAKS[x], c.T) for x in PEAKS])]
 
 
 def experiment(lab: Lab) -> Outcome:

@@ -8,7 +8,7 @@
 
 from four_schedules import four_schedules
 from gpt2_runs import FOUR_SCHEDULES, one_run
-from paper import Lab, Outcome, Sweep, main
+from paper import Lab, Outcome, Sweep, at_peak, main
 
 PEAK = 2e-2  # Appendix B
 
@@ -16,9 +16,9 @@ PEAK = 2e-2  # Appendix B
 def sweeps(scale: str) -> list[Sweep]:
     """Four runs."""
     c = one_run(scale, "muon_nsgd")
-    c.T = {"laptop": 2000, "gpu": 5000, "paper": 5000}[scale]
+    T = 2000 if scale == "laptop" else 5000
     c.eval.times = 100
-    return [Sweep("gpt2-muon-schedules", c, [x | {"eta_ref": PEAK * c.T**0.5} for x in FOUR_SCHEDULES.values()])]
+    return [Sweep("gpt2-muon-schedules", c, [x | at_peak(PEAK, T) for x in FOUR_SCHEDULES.values()])]
 
 
 def experiment(lab: Lab) -> Outcome:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from gpt2_runs import one_run
-from paper import Claim, Lab, Outcome, Sweep, main, published, span
+from paper import Claim, Lab, Outcome, Sweep, at_peak, main, published, span
 from step_law import PANELS, select
 
 from cdl.laws.figures import peak_figure
@@ -34,8 +34,8 @@ def sweeps(scale: str) -> list[Sweep]:
     made = []
     for size in SIZES.get(scale, ()):
         c = one_run(scale, "adamw", size)
-        c.T = 400 if scale == "laptop" else 4000
-        made.append(Sweep(f"gpt2-adamw-{size}", c, [{"eta_ref": peak * c.T**0.5} for peak in PEAKS]))
+        T = 400 if scale == "laptop" else 4000
+        made.append(Sweep(f"gpt2-adamw-{size}", c, [at_peak(peak, T) for peak in PEAKS]))
     return made
 
 

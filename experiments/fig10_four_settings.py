@@ -29,12 +29,18 @@ GOOD = 0.95
 
 @dataclass
 class Setting:
-    """table: its runs at the rate that it is given, eta_ref. line: through those that are long enough."""
+    """runs: all. table: those at the rate that it is given, eta_ref. line: through those that are long enough."""
 
     name: str
     eta_ref: float
+    runs: pd.DataFrame
     table: pd.DataFrame
     line: Line
+
+    @property
+    def N(self) -> float:
+        """Parameters."""
+        return float(self.runs["n_params"].iloc[0])
 
 
 def sweeps(scale: str) -> list[Sweep]:
@@ -79,7 +85,7 @@ def experiment(lab: Lab) -> Outcome:
             f"R2 {span(r2, '.4f')}",
             min(r2) >= GOOD,
         ),
-        _transfer(lab, others, best),
+        _transfer(settings[1], settings[2:]),
         _across_sizes(settings[1:]),
     ]
     numbers = {s.name: dict(eta_ref=s.eta_ref, line=vars(s.line), runs=s.table[["T", "loss"]]) for s in settings}
@@ -88,43 +94,47 @@ def experiment(lab: Lab) -> Outcome:
 
 def _setting(optimizer: str, sweep: Sweep, lab: Lab, eta_ref: float | None = None) -> Setting:
     """Trained at all rates of its grid; at the best one where none is given."""
-    table = lab.train(sweep).table
-    rate = cdl.fit_horizon(table).best(float(table["T"].max())).eta_ref if eta_ref is None else eta_ref
-    runs = table[(table["eta_ref"] == rate) & (table["status"] == "done")]
-    if len(runs) < 3:
-        raise UserError(f"{sweep.folder} has {len(runs)} finished runs at eta_ref={rate:g}; three make a line")
-    (line,) = cdl.fit_horizon(runs).lines if len(runs) > 3 else (fit_line(*_columns(runs), rate),)
-    return Setting(f"{size(float(table['n_params'].iloc[0]))} {optimizer}", rate, runs, line)
+    runs = lab.train(sweep).table
+    rate = cdl.fit_horizon(runs).best(float(runs["T"].max())).eta_ref if eta_ref is None else eta_ref
+    table = runs[(runs["eta_ref"] == rate) & (runs["status"] == "done")]
+    if len(table) < 3:
+        raise UserError(f"{sweep.folder} has {len(table)} finished runs at eta_ref={rate:g}; three make a line")
+    (line,) = cdl.fit_horizon(table).lines if len(table) > 3 else (fit_line(*_columns(table), rate),)
+    return Setting(f"{size(float(runs['n_params'].iloc[0]))} {optimizer}", rate, runs, table, line)
 
 
 def _columns(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return runs["T"].to_numpy(float), runs["loss"].to_numpy(float)
 
 
-def _transfer(lab: Lab, others: list[Sweep], best: float) -> Claim:
-    """Is the rate of the reference the best of the other sizes?"""
-    said, fits = [], []
-    for sweep in others:
-        table = lab.train(sweep).table
-        last = table[(table["T"] == table["T"].max()) & (table["status"] == "done")].sort_values("loss")
-        if last["eta_ref"].nunique() > 1:
-            own = float(last["eta_ref"].iloc[0])
-            loss = {float(e): float(x) for e, x in zip(last["eta_ref"], last["loss"], strict=True)}
-            more = loss.get(best, np.inf) / loss[own] - 1
-            said.append(f"{size(float(table['n_params'].iloc[0]))}: {own:g}, {more:.2%} better than {best:g}")
-            fits.append(more < 0.01)
+def _transfer(reference: Setting, others: list[Setting]) -> Claim:
+    """Is the rate of the reference, to 1% of the loss, the best of larger models that ran at rates around it?"""
+    best = reference.eta_ref
+    said, serves = [], []
+    for s in (s for s in others if s.N > reference.N):
+        last = s.runs[(s.runs["T"] == s.runs["T"].max()) & (s.runs["status"] == "done")]
+        loss = dict(zip(last["eta_ref"], last["loss"], strict=True))
+        if best in loss and min(loss) < best < max(loss):
+            own = min(loss, key=loss.__getitem__)
+            said.append(
+                f"{size(s.N)}, {len(loss)} rates: {own:g}, {loss[best] / loss[own] - 1:.2%} lower than at {best:g}"
+            )
+            serves.append(loss[best] < 1.01 * loss[own])
     return Claim(
         "The best eta_ref of a small model serves larger ones",
-        f"eta_ref* = {best:g}; lowest loss at the longest horizon of other sizes at {'; '.join(said)}"
-        if said
-        else "other sizes ran at that rate alone",
-        all(fits) if fits else None,
+        f"eta_ref* = {best:g} of {size(reference.N)}; "
+        + (
+            f"lowest loss at the longest horizon of {'; '.join(said)}"
+            if said
+            else "no larger one ran at rates around it"
+        ),
+        all(serves) if serves else None,
     )
 
 
 def _across_sizes(settings: list[Setting]) -> Claim:
     """(5.1) from all but the largest size, for the largest."""
-    by_size = sorted(settings, key=lambda s: float(s.table["n_params"].iloc[0]))
+    by_size = sorted(settings, key=lambda s: s.N)
     frames = []
     for s in by_size:
         long = s.table[s.table["T"].isin(s.line.T)]

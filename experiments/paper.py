@@ -175,6 +175,11 @@ def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> No
     sys.exit(run(sweep_arguments))
 
 
+def at_peak(peak: float, T: int) -> dict[str, Any]:
+    """The changes that give a run of T updates this peak rate."""
+    return {"T": T, "eta_ref": peak * T**0.5}
+
+
 def published(lab: Lab, what: str, *files: str) -> Path:
     """The path of --data, with these files in it.
 
