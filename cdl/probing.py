@@ -1,8 +1,8 @@
 """`cdl probe`: what the bounds assume of a loss, measured on the saved iterates of a run, finished or under way.
 
-The loss is the training loss on a fixed sample: the first batches, as the run's config makes them, of a data order that
-belongs to no run (`_ORDER`). So all runs of a sweep are probed on the same rows, whatever their seeds. Models are in
-their evaluation mode and in float32: batch normalisation uses the statistics saved with each iterate, held fixed.
+The loss is the training loss on a fixed sample: the first batches, as the run's config makes them, of a data order of
+its own (`PROBE_SEED`). So all runs of a sweep are probed on the same rows, whatever their seeds. Models are in their
+evaluation mode and in float32: batch normalisation uses the statistics saved with each iterate, held fixed.
 """
 
 import contextlib
@@ -27,13 +27,12 @@ from cdl.probes.curvature import extreme_eigenvalues, most_steps
 from cdl.probes.result import Bend, Probe
 from cdl.probes.sample import Gradient, Iterate, Loss, inner, toward
 from cdl.sweep import initial
-from cdl.sweep.programs import check_files, eta_of, stored_point
+from cdl.sweep.programs import PROBE_SEED, check_files, eta_of, stored_point
 from cdl.sweep.store import Store
 from cdl.train.checkpoint import read_weights, saved_steps
 
 __all__ = ["probe"]
 
-_ORDER = 2**32 - 1  # the seed of the sample
 _PRODUCTS = 60  # with a Hessian, at most, at one iterate
 _FEWEST_PRODUCTS = 5
 _SHARE = 0.5  # of the memory that is free
@@ -85,19 +84,18 @@ def probe(
     # What fused attention computes has no second derivative; and in bfloat16 gaps would be rounding.
     exact = c.model.to_dict() | {"dtype": "float32"}
     model = models.build(exact, Compute(remat=c.compute.remat, attention="xla"), LoRA(**c.lora))
-    if c.lora.rank:
-        model = model.over(initial.load(c)[0])
+    frozen = initial.load(c)[0] if c.lora.rank else None
     dataset = data.build(c.data)
     tell("reading iterates")
     saved = _Iterates(store.checkpoints(point), c, model, _spread(steps, iterates - 1), hold=not done)
     batch_E = _sample(dataset, samples)
     E = len(jax.tree.leaves(batch_E)[0])
 
-    def sums(params: Any, stats: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        found, _ = model.loss(params, stats, dataset.prepare(batch), train=False)
+    def sums(params: Any, stats: Any, batch: Any, frozen: Any) -> tuple[jax.Array, jax.Array]:
+        found, _ = model.over(frozen).loss(params, stats, dataset.prepare(batch), train=False)
         return found.loss, found.count
 
-    loss = Loss(sums, batch_E)
+    loss = Loss(sums, batch_E, frozen)
     step_P = np.array(saved.steps)
     P, eta_T = len(step_P), eta_of(c)
     try:
@@ -111,7 +109,7 @@ def probe(
             tell(f"curvature: {n} of {curvature} iterates")
             bends.append(_bend(loss, saved, i, path))
         tell("rounding")
-        rounding = _rounding(sums, loss, batch_E, saved, P)
+        rounding = _rounding(loss, saved, P)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -183,9 +181,9 @@ def _spread(there: Sequence[int], count: int) -> list[int]:
 
 
 def _sample(dataset: data.Dataset, samples: int) -> Any:
-    """The first batches of the order of `_ORDER`, with a leading axis E."""
+    """The first batches of the order of `PROBE_SEED`, with a leading axis E."""
     E = max(2, round(samples / dataset.per_batch))
-    batches = list(itertools.islice(dataset.batches(_ORDER, 0), E))
+    batches = list(itertools.islice(dataset.batches(PROBE_SEED, 0), E))
     return jax.tree.map(lambda *x: np.stack(x), *batches)
 
 
@@ -208,13 +206,12 @@ def _bend(loss: Loss, saved: _Iterates, i: int, path: Measured) -> Bend:
     return Bend(i, spectrum, ray(loss, at, gradient.params, reach))
 
 
-def _rounding(sums: Any, loss: Loss, batch_E: Any, saved: _Iterates, P: int) -> float:
-    """What the same rows in other batches change gaps by: the largest of four pairs, the ends and the last two."""
-    E, B = jax.tree.leaves(batch_E)[0].shape[:2]
-    if B == 1:
+def _rounding(loss: Loss, saved: _Iterates, P: int) -> float:
+    """What the same rows in smaller batches change gaps by: the largest of four pairs, the ends and the last two; NaN
+    where batches are of one row."""
+    other = loss.divided()
+    if other is None:
         return float("nan")
-    parts = next(n for n in range(2, B + 1) if B % n == 0)
-    other = Loss(sums, jax.tree.map(lambda x: x.reshape(E * parts, B // parts, *x.shape[2:]), batch_E))
     ends = {i: saved.load(i) for i in {0, P - 2, P - 1}}
     both: dict[int, tuple[Gradient, Gradient]] = {i: (loss.gradient(w), other.gradient(w)) for i, w in ends.items()}
 

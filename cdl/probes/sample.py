@@ -42,28 +42,30 @@ class Loss:
     """L(w) = sum of losses / sum of counts over E batches.
 
     Args:
-      sums: (params, fixed, batch) -> (summed loss, count), scalars.
+      sums: (params, fixed, batch, *shared) -> (summed loss, count), scalars.
       batch_E: tree of arrays with a leading axis E.
+      shared: trees of arrays that are the same at all iterates, such as the weights beside adapters; arguments of what
+        is compiled, of which constants would be copies.
     """
 
-    def __init__(self, sums: Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]], batch_E: Any):
-        self._batch_E = jax.tree.map(jnp.asarray, batch_E)
-        self.batches = len(jax.tree.leaves(self._batch_E)[0])
+    def __init__(self, sums: Callable[..., tuple[jax.Array, jax.Array]], batch_E: Any, *shared: Any):
+        self._sums, self._given = sums, jax.tree.map(jnp.asarray, (batch_E, *shared))
 
-        def values(params: Any, fixed: Any, batch_E: Any) -> Any:
-            return jax.lax.map(lambda batch: sums(params, fixed, batch), batch_E)
+        def values(params: Any, fixed: Any, batch_E: Any, *shared: Any) -> Any:
+            return jax.lax.map(lambda batch: sums(params, fixed, batch, *shared), batch_E)
 
-        def gradient(params: Any, fixed: Any, batch_E: Any) -> Any:
+        def gradient(params: Any, fixed: Any, batch_E: Any, *shared: Any) -> Any:
             def one(total: Any, batch: Any) -> Any:
-                (loss, count), grad = jax.value_and_grad(lambda p: sums(p, fixed, batch), has_aux=True)(params)
+                at = jax.value_and_grad(lambda p: sums(p, fixed, batch, *shared), has_aux=True)
+                (loss, count), grad = at(params)
                 norm2 = sum((jnp.vdot(g, g) for g in jax.tree.leaves(grad)), start=jnp.zeros(())) / count**2
                 return jax.tree.map(jnp.add, total, grad), (loss, count, norm2)
 
             return jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), batch_E)
 
-        def product(params: Any, fixed: Any, along: Any, batch_E: Any) -> Any:
+        def product(params: Any, fixed: Any, along: Any, batch_E: Any, *shared: Any) -> Any:
             def one(total: Any, batch: Any) -> Any:
-                slope = jax.grad(lambda p: sums(p, fixed, batch), has_aux=True)
+                slope = jax.grad(lambda p: sums(p, fixed, batch, *shared), has_aux=True)
                 _, curved, count = jax.jvp(slope, (params,), (along,), has_aux=True)
                 return jax.tree.map(jnp.add, total, curved), count
 
@@ -77,9 +79,21 @@ class Loss:
         """From a function of the parameters alone."""
         return cls(lambda params, fixed, batch: (loss(params), jnp.ones(())), np.zeros(1))
 
+    def divided(self) -> "Loss | None":
+        """The same over the same rows, each batch in equal parts, as few as can be; None where batches are of one row.
+        Leaves of a batch have its rows along their first axis."""
+        batch_E, *shared = self._given
+        E, B = jax.tree.leaves(batch_E)[0].shape[:2]
+        if B == 1:
+            return None
+        parts = next(n for n in range(2, B + 1) if B % n == 0)
+        return Loss(
+            self._sums, jax.tree.map(lambda x: x.reshape(E * parts, B // parts, *x.shape[2:]), batch_E), *shared
+        )
+
     def __call__(self, at: Iterate) -> float:
         """The loss; NaN where it is not finite."""
-        loss_E, count_E = (np.asarray(x, np.float64) for x in self._values(*at, self._batch_E))
+        loss_E, count_E = (np.asarray(x, np.float64) for x in self._values(*at, *self._given))
         return float(loss_E.sum() / count_E.sum())
 
     def gradient(self, at: Iterate) -> Gradient:
@@ -88,7 +102,7 @@ class Loss:
         Raises:
           UserError: one of them is not finite.
         """
-        total, numbers = self._gradient(*at, self._batch_E)
+        total, numbers = self._gradient(*at, *self._given)
         loss_E, count_E, norm2_E = (np.asarray(x, np.float64) for x in numbers)
         if not (np.isfinite(loss_E).all() and np.isfinite(norm2_E).all()):
             raise UserError("the loss or its gradient is not finite at an iterate; probe a run that has not diverged")
@@ -99,7 +113,7 @@ class Loss:
     def product(self, at: Iterate) -> Callable[[Any], Any]:
         """v -> H v, trees like the parameters: the Hessian at a point, as forward mode over the gradient gives it."""
         here = jax.device_put(at)
-        return lambda along: self._product(*here, along, self._batch_E)
+        return lambda along: self._product(*here, along, *self._given)
 
 
 def _exact(f: Callable[..., Any]) -> Callable[..., Any]:

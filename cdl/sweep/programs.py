@@ -25,6 +25,7 @@ from cdl.train.flops import StepCost, peak_flops, step_flops
 from cdl.train.step import Program
 
 __all__ = [
+    "PROBE_SEED",
     "check_files",
     "compiled",
     "eta_of",
@@ -36,6 +37,7 @@ __all__ = [
     "stored_point",
 ]
 
+PROBE_SEED = 2**32 - 1  # of the data order of probes, and of no run
 _BLOCK_BYTES = 4 << 20  # of batches in one dispatch and lane
 _MOST_BLOCK = 64
 _MOST_WORKERS = 256
@@ -182,8 +184,8 @@ def parts_of(c: ConfigDict) -> tuple[models.Model, Any]:
 
 def eta_of(c: ConfigDict) -> np.ndarray:
     """The rates of a run, float64 [T]."""
-    if not 0 <= c.seed < 2**32:
-        raise UserError(f"seed={c.seed} must be in [0, 2^32)")
+    if not 0 <= c.seed < PROBE_SEED:
+        raise UserError(f"seed={c.seed} must be in [0, 2^32 - 2]")
     if not 0 < c.eta_ref < math.inf:
         raise UserError(f"eta_ref={c.eta_ref} must be a positive number")
     arguments = c.schedule.to_dict()

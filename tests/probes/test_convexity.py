@@ -1,5 +1,7 @@
 """Gaps, moduli and lines against what they are by hand, on functions that are known in closed form."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,27 @@ def test_batches_count_by_what_they_predict() -> None:
     path = measure_path(loss, [at, at._replace(params=np.full(1, 2, np.float32))].__getitem__, 2)
     assert path.mean_square_P.tolist() == pytest.approx([52.0, 20.0])
     assert path.G == pytest.approx(52**0.5)
+
+
+def test_what_all_iterates_share_is_given_to_programs_and_is_no_part_of_them() -> None:
+    seen = []
+
+    def sums(w: jax.Array, fixed: Any, batch: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen.append(isinstance(target, jax.core.Tracer))
+        return ((w - target) ** 2).sum() * batch.size, jnp.ones(()) * batch.size
+
+    loss = Loss(sums, np.zeros((2, 6, 1), np.float32), np.arange(3, dtype=np.float32))
+    divided = loss.divided()
+    assert divided is not None
+    for which in (loss, divided):
+        at = Iterate(np.ones(3, np.float32))
+        assert which(at) == pytest.approx(2.0)
+        assert which.gradient(at).params.tolist() == pytest.approx([2.0, 0.0, -2.0])
+        assert np.asarray(which.product(at)(np.ones(3, np.float32))).tolist() == pytest.approx([2.0] * 3)
+    assert len(divided.gradient(at).norm2_E) == 2 * 2
+    assert seen
+    assert all(seen)
+    assert Loss(sums, np.zeros((2, 1, 6), np.float32), np.zeros(3)).divided() is None
 
 
 def test_small_gaps_between_far_iterates_are_not_lost_in_rounding() -> None:
