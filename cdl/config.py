@@ -28,9 +28,7 @@ from cdl.optim.build import optimizer_arguments
 from cdl.schedules import shape_arguments
 
 __all__ = [
-    "HOW",
     "NAMED",
-    "PATHS",
     "base",
     "change",
     "flatten",
@@ -41,8 +39,6 @@ __all__ = [
 ]
 
 NAMED = ("model", "data", "optimizer", "schedule")  # sections whose other fields depend on their name
-HOW = ("compute", "mesh", "checkpoint")  # sections that change rounding, memory and time, and no result but for these
-PATHS = ("data.path", "data.tokenizer", "init")  # of files that count by what is in them
 # Fields for which an int (updates) and a float (share of T) mean different things: never converted.
 _DURATIONS = {"schedule.warmup", "schedule.decay", "schedule.rise"}
 
@@ -74,10 +70,10 @@ def base() -> ConfigDict:
     for `cdl.models.pretrained.load`, or the checkpoints of a run; "": drawn from the seed. lora
     (`cdl.models.lora.LoRA`): adapters beside them, which then are all that is trained.
 
-    The sections compute (`cdl.compute.Compute`), mesh (sizes of `cdl.sharding.AXES`; -1: what the others
-    leave) and checkpoint say how a run is computed and not what (`HOW`). checkpoint.seconds: between two saves of
-    unfinished runs. checkpoint.steps: updates between two saves of a run, 0: by the clock alone. checkpoint.keep: how
-    many of a run stay while it is trained, and with --keep after it.
+    The sections compute (`cdl.compute.Compute`), mesh (sizes of `cdl.sharding.AXES`; -1: what the others leave) and
+    checkpoint say how a run is computed and not what (`cdl.sweep.identity.HOW`). checkpoint.seconds: between two saves
+    of unfinished runs. checkpoint.steps: updates between two saves of a run, 0: by the clock alone. checkpoint.keep:
+    how many of a run stay while it is trained, and with --keep after it.
     """
     return ConfigDict(
         dict(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, overload
 
 import pandas as pd
 
-from cdl.config import PATHS
 from cdl.errors import UserError
 from cdl.laws.horizon import FURTHER, HorizonFit, Line, NoLaw, Prediction, fit_horizon
 from cdl.laws.scaling import ScalingFit, fit_scaling
+from cdl.sweep.identity import PATHS
 from cdl.sweep.store import Store, sweep_table
 
 if TYPE_CHECKING:

@@ -178,8 +178,16 @@ def _pairs(section: ConfigDict) -> Dataset:
 def _vqa(section: ConfigDict) -> Dataset:
     records = vqa.read_records(section)
 
-    def batches(seed: int, first: int, *, part: tuple[int, int] = (0, 1), workers: int = 0, **_: Any) -> Iterator[Any]:
-        return images.iterate(vqa.batches(records, section, seed, part), first, workers)
+    def batches(
+        seed: int,
+        first: int,
+        *,
+        part: tuple[int, int] = (0, 1),
+        workers: int = 0,
+        on_replaced: Callable[[int], None] = lambda images: None,
+    ) -> Iterator[Any]:
+        dataset = vqa.batches(records, section, seed, part)
+        return _told(images.iterate(dataset, first, workers), section.path, on_replaced)
 
     def check(model: Mapping[str, Any]) -> None:
         vqa.batches(records, section, 0)
@@ -197,6 +205,18 @@ def _vqa(section: ConfigDict) -> Dataset:
     )
 
 
+def _told(batches: Iterator[Any], path: str, on_replaced: Callable[[int], None]) -> Iterator[Any]:
+    """The batches without their `replaced`, of which `on_replaced` is told; see `images.check_undecodable`."""
+    replaced = seen = 0
+    for batch in batches:
+        replaced_B = batch["replaced"]
+        if here := int(replaced_B.sum()):
+            on_replaced(here)
+        replaced, seen = replaced + here, seen + len(replaced_B)
+        images.check_undecodable(path, replaced, seen)
+        yield {name: x for name, x in batch.items() if name != "replaced"}
+
+
 def _images(section: ConfigDict) -> Dataset:
     source = _read("images", section.path, section.heldout)
     assert isinstance(source, images.Images)
@@ -210,13 +230,7 @@ def _images(section: ConfigDict) -> Dataset:
         on_replaced: Callable[[int], None] = lambda images: None,
     ) -> Iterator[Any]:
         dataset = images.batches(source, section, seed, part)
-        replaced = seen = 0
-        for batch in images.iterate(dataset, first, workers):
-            if here := int(batch["replaced"].sum()):
-                on_replaced(here)
-            replaced, seen = replaced + here, seen + len(batch["label"])
-            images.check_undecodable(section.path, replaced, seen)
-            yield dict(image=batch["image"], label=batch["label"])
+        return _told(images.iterate(dataset, first, workers), section.path, on_replaced)
 
     def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return batch | dict(image=images.standardise(batch["image"], section.mean, section.std))

@@ -7,6 +7,7 @@ padded on the right, where nothing is learned. Records that are longer than a ro
 
 import functools
 import hashlib
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ __all__ = [
     "holds_out",
     "shuffled",
     "spread",
+    "subset",
     "tokenize",
 ]
 
@@ -67,22 +69,28 @@ def tokenize(records: Iterable[Turns], vocabulary: Vocabulary) -> Conversations:
     Raises:
       UserError: text that the vocabulary cannot encode.
     """
-    end = np.array([vocabulary.end])
-    parts: list[np.ndarray] = []
-    learned: list[np.ndarray] = []
-    start = [0]
+    dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
+    end = np.array([vocabulary.end], dtype).tobytes()
+    tokens, learned = bytearray(), bytearray()  # an array for each of many short texts would be mostly its header
+    start = array("q", [0])
     for turns in records:
-        size = 0
         for prompt, answer in turns:
-            asked, said = (vocabulary.encode(text.encode()) for text in (prompt, answer))
-            parts += [asked, end, said, end]
-            learned += [np.zeros(len(asked) + 1, bool), np.ones(len(said) + 1, bool)]
-            size += len(asked) + len(said) + 2
-        start.append(start[-1] + size)
-    dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
-    token_N = np.concatenate([np.zeros(0, np.int64), *parts]).astype(dtype)
-    learned_N = np.concatenate([np.zeros(0, bool), *learned])
-    return Conversations(token_N, learned_N, np.array(start, np.int64), vocabulary.end)
+            for text, is_learned in ((prompt, b"\0"), (answer, b"\1")):
+                said = vocabulary.encode(text.encode())
+                tokens += said.astype(dtype).tobytes() + end
+                learned += is_learned * (len(said) + 1)
+        start.append(len(learned))
+    token_N, learned_N = np.frombuffer(tokens, dtype), np.frombuffer(learned, bool)
+    return Conversations(token_N, learned_N, np.array(start), vocabulary.end)
+
+
+def subset(conversations: Conversations, mask_P: np.ndarray) -> Conversations:
+    """The records for which the mask is true."""
+    c = conversations
+    size_P = np.diff(c.start_P1)
+    kept_N = np.repeat(mask_P, size_P)
+    start_P1 = np.concatenate([[0], np.cumsum(size_P[mask_P])])
+    return Conversations(c.token_N[kept_N], c.learned_N[kept_N], start_P1, c.end)
 
 
 def fitting(conversations: Conversations, section: ConfigDict, what: str, before_P: np.ndarray | int = 0) -> np.ndarray:
@@ -177,7 +185,7 @@ def fingerprint(*conversations: Conversations) -> str:
     """A hash of the tokens, of where records begin, and of what is learned."""
     h = hashlib.sha256()
     for c in conversations:
-        for array in (c.token_N, c.learned_N, c.start_P1):
-            h.update(f"{array.dtype}{array.shape}".encode())
-            h.update(np.ascontiguousarray(array).data)
+        for part in (c.token_N, c.learned_N, c.start_P1):
+            h.update(f"{part.dtype}{part.shape}".encode())
+            h.update(np.ascontiguousarray(part).data)
     return h.hexdigest()[:16]

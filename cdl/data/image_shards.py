@@ -22,7 +22,7 @@ from PIL import Image
 from cdl.data.image_sources import HELDOUT_NAMES, Images, Parts, Source, class_count
 from cdl.errors import UserError
 
-__all__ = ["PROBES", "array_record", "parquet", "write_array_records"]
+__all__ = ["PROBES", "RowGroups", "array_record", "digest_of", "parquet", "write_array_records"]
 
 RECORD = struct.Struct("<4sii")  # of an ArrayRecord record: MAGIC, label, number of classes; then the encoded image
 MAGIC = b"cdl1"
@@ -42,7 +42,7 @@ def _shards(root: Path, suffix: str) -> tuple[list[Path], list[Path]]:
     return train, rest
 
 
-def _digest_of(files: Sequence[Path]) -> str:
+def digest_of(files: Sequence[Path]) -> str:
     """Of the sizes, the beginnings, and blocks evenly spread over all bytes: of all bytes where these are few."""
     sizes = [f.stat().st_size for f in files]
     ends = np.cumsum(sizes)
@@ -58,17 +58,15 @@ def _digest_of(files: Sequence[Path]) -> str:
     return h.hexdigest()
 
 
-class _Parquet(Source):
-    """Rows of Parquet files. Nothing stays open; the row groups read last stay in memory, up to a limit."""
+class RowGroups:
+    """One column of Parquet files, by row group. Nothing stays open; those read last stay in memory, up to a limit.
 
-    def __init__(self, files: Sequence[Path]):
-        self._files = [str(f) for f in files]
-        with ThreadPoolExecutor(16) as pool:
-            read = list(pool.map(_parquet_labels, files))
-        self.label_N = np.concatenate([label_N for label_N, _ in read])
-        groups = [(i, g, rows) for i, (_, counts) in enumerate(read) for g, rows in enumerate(counts)]
-        self._groups = [(i, g) for i, g, _ in groups]
-        self._ends = np.cumsum([rows for _, _, rows in groups])
+    Args:
+      groups: (file, its row group) of each.
+    """
+
+    def __init__(self, files: Sequence[Path], groups: Sequence[tuple[int, int]], column: str):
+        self._files, self._groups, self._column = [str(f) for f in files], list(groups), column
         self._start()
 
     def _start(self) -> None:
@@ -83,19 +81,7 @@ class _Parquet(Source):
         self.__dict__.update(state)
         self._start()
 
-    def __len__(self) -> int:
-        return len(self.label_N)
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        group = int(np.searchsorted(self._ends, int(index), side="right"))
-        images = self._images_of(group)
-        image = images[int(index) - int(self._ends[group])].as_py()  # counted from the end of the group
-        return dict(image=(image["bytes"] if isinstance(image, dict) else image) or b"", label=int(self.label_N[index]))
-
-    def __repr__(self) -> str:
-        return f"_Parquet(files={self._files[0]!r}.., n={len(self)})"
-
-    def _images_of(self, group: int) -> pa.ChunkedArray:
+    def __getitem__(self, group: int) -> pa.ChunkedArray:
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
@@ -103,12 +89,36 @@ class _Parquet(Source):
         i, g = self._groups[group]
         with pq.ParquetFile(self._files[i], metadata=self._footers.get(i)) as file:
             self._footers[i] = file.metadata
-            images = file.read_row_group(g, columns=["image"], use_threads=False)["image"]
+            column = file.read_row_group(g, columns=[self._column], use_threads=False)[self._column]
         with self._lock:
-            self._cache[group] = images
+            self._cache[group] = column
             while len(self._cache) > 1 and sum(column.nbytes for column in self._cache.values()) > _CACHED_BYTES:
                 self._cache.popitem(last=False)
-        return images
+        return column
+
+
+class _Parquet(Source):
+    """Rows of Parquet files."""
+
+    def __init__(self, files: Sequence[Path]):
+        with ThreadPoolExecutor(16) as pool:
+            read = list(pool.map(_parquet_labels, files))
+        self.label_N = np.concatenate([label_N for label_N, _ in read])
+        groups = [(i, g, rows) for i, (_, counts) in enumerate(read) for g, rows in enumerate(counts)]
+        self._images = RowGroups(files, [(i, g) for i, g, _ in groups], "image")
+        self._ends = np.cumsum([rows for _, _, rows in groups])
+        self._first = str(files[0])
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        group = int(np.searchsorted(self._ends, int(index), side="right"))
+        image = self._images[group][int(index) - int(self._ends[group])].as_py()  # counted from the end of the group
+        return dict(image=(image["bytes"] if isinstance(image, dict) else image) or b"", label=int(self.label_N[index]))
+
+    def __repr__(self) -> str:
+        return f"_Parquet(files={self._first!r}.., n={len(self)})"
 
 
 def _parquet_labels(file: Path) -> tuple[np.ndarray, list[int]]:
@@ -138,7 +148,7 @@ def parquet(root: Path) -> Parts:
     files, heldout_files = _shards(root, ".parquet")
     train, heldout = _Parquet(files), _Parquet(heldout_files) if heldout_files else None
     classes = class_count(root, train.label_N, heldout.label_N if heldout else train.label_N, None)
-    return Parts(train, heldout, classes, _digest_of([*files, *heldout_files]))
+    return Parts(train, heldout, classes, digest_of([*files, *heldout_files]))
 
 
 class _Records(Source):
@@ -188,7 +198,7 @@ def array_record(root: Path) -> Parts:
             f"data.path={str(root)!r} has {train.classes} classes in train, {heldout.classes} in the other part; "
             "write both from the same images"
         )
-    return Parts(train, heldout, train.classes, _digest_of([*files, *heldout_files]))
+    return Parts(train, heldout, train.classes, digest_of([*files, *heldout_files]))
 
 
 def write_array_records(images: Images, folder: str | Path, per_shard: int = 10_000) -> None:

@@ -11,7 +11,7 @@ An image that cannot be decoded is replaced by the next one that can, in the ord
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "check_section",
     "check_undecodable",
     "data_arguments",
+    "first_decodable",
     "heldout_batches",
     "image_size",
     "iterate",
@@ -196,6 +197,24 @@ def check_undecodable(path: str, replaced: int, seen: int) -> None:
         )
 
 
+def first_decodable(n: int, index: int, make: Callable[[int], dict[str, Any]], path: str) -> dict[str, Any]:
+    """What `make` makes of item `index` of n, or else of the next one that does not raise `Undecodable`; `replaced`,
+    int32, says whether it is another one.
+
+    Raises:
+      UserError: none of the next hundred can be decoded.
+    """
+    for tries in range(min(n, _TRIES)):
+        try:
+            return make((index + tries) % n) | dict(replaced=np.int32(tries > 0))
+        except augment.Undecodable:
+            continue
+    raise UserError(
+        f"{min(n, _TRIES)} images in a row, from image {index} of {path}, could not be decoded; give JPEG, PNG, BMP or "
+        "WebP images"
+    )
+
+
 class _Draw:
     """From the index of an image to an item of a batch."""
 
@@ -203,18 +222,11 @@ class _Draw:
         self._source, self._size, self._view = source, size, augment.augmentation(name)
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        n = len(self._source)
-        for tries in range(min(n, _TRIES)):
-            record = self._source[(int(index) + tries) % n]
-            try:
-                image_SxSxC = self._view(record["image"], self._size, rng)
-            except augment.Undecodable:
-                continue
-            return dict(image=image_SxSxC, label=np.int32(record["label"]), replaced=np.int32(tries > 0))
-        raise UserError(
-            f"{min(n, _TRIES)} images in a row, from image {index} of {self._source!r}, could not be decoded; "
-            "give JPEG, PNG, BMP or WebP images"
-        )
+        def item(i: int) -> dict[str, Any]:
+            record = self._source[i]
+            return dict(image=self._view(record["image"], self._size, rng), label=np.int32(record["label"]))
+
+        return first_decodable(len(self._source), int(index), item, repr(self._source))
 
 
 class _DrawBatch:

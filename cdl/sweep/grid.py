@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cdl.config import HOW, PATHS, change, flatten, from_flat
+from cdl.config import change, flatten, from_flat
 from cdl.errors import UserError
-from cdl.sweep.later import NEUTRAL
+from cdl.sweep.identity import HOW, NEUTRAL, PATHS
 
 __all__ = ["Point", "chain", "expand", "per_lane", "points_in", "product", "zipped"]
 

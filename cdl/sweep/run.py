@@ -473,7 +473,11 @@ def _result(point: Point, outcome: Outcome, program: Program, cost: StepCost, re
         f"{dataset.unit}_per_s": round(predicted / max(outcome.seconds, 1e-9), 1),
         "flops_per_step": cost.flops,
         "mfu": used and round(used, 4),
-        **({"images_replaced": over_processes(replaced.of[point.id])} if dataset.unit == "images" else {}),
+        **(
+            {"images_replaced": over_processes(replaced.of[point.id])}
+            if data.DATA[point.config.data.name].takes != "text"
+            else {}
+        ),
         **environment(),
         "devices": program.mesh.size // program.rows,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

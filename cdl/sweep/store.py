@@ -37,7 +37,7 @@ import pandas as pd
 
 from cdl.errors import UserError, unknown
 from cdl.sweep.claims import TEMPORARY, Attempts, Claims, Worker, create, replace
-from cdl.sweep.later import NEUTRAL
+from cdl.sweep.identity import NEUTRAL
 
 if TYPE_CHECKING:  # a reader of results needs no model
     from cdl.sweep.grid import Point

@@ -351,7 +351,7 @@ def test_row_groups_in_memory_are_limited(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(image_shards, "_CACHED_BYTES", 2000)
     for i in RNG.permutation(60):
         assert source[int(i)]["image"] == png(int(i))
-        assert sum(column.nbytes for column in source._cache.values()) <= 2000
+        assert sum(column.nbytes for column in source._images._cache.values()) <= 2000
 
 
 def test_parquet_files_that_do_not_fit_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Images with questions: slots, what is learned, The Cauldron's layout and the package's."""
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from cdl.config import section
 from cdl.data import build, vqa
+from cdl.data.conversations import holds_out
 from cdl.errors import UserError
 
 RECORDS = 30
@@ -30,6 +32,10 @@ def record(i: int) -> dict[str, Any]:
     if i % 2:
         turns.append(dict(user="Sure?", assistant="Yes.", source="test"))
     return dict(images=[dict(bytes=picture(i + j), path=None) for j in range(i % 3)], texts=turns)
+
+
+def _turns(i: int) -> list[tuple[str, str]]:
+    return [(turn["user"], turn["assistant"]) for turn in record(i)["texts"]]
 
 
 @pytest.fixture
@@ -134,17 +140,59 @@ def test_errors(cauldron: Path, changes: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_other_columns_and_broken_images_are_said(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"images": [[]], "text": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="has no column 'texts' but images, text"):
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([dict(record(1), text="x", texts=None)], "column 'texts' of .* is null, and no list of structs with user and"),
+        ([dict(images=record(1)["images"], text="x")], "has no column 'texts' but images, text"),
+        ([dict(record(1), images=["a.png"])], "column 'images' of .* is list<.*string>, and no list of structs"),
+        ([dict(record(1), texts=[dict(user="a", assistant=3)])], "is list<.*int64.*no list of structs with user"),
+    ],
+)
+def test_other_columns_are_said(rows: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=said):
         build.build(of(tmp_path))
-    broken = [record(i) for i in range(RECORDS)]
-    for r in broken:
-        r["images"] = [dict(bytes=b"nothing", path=None)]
-    pq.write_table(pa.Table.from_pylist(broken), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"image 0 of record .* cannot be decoded"):
-        build.build(of(tmp_path)).heldout(10)
+
+
+def test_what_is_no_parquet_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
-    vqa._read.cache_clear()
     with pytest.raises(UserError, match="is no Parquet file"):
         build.build(of(tmp_path))
+
+
+def test_records_with_broken_images_are_replaced_and_counted(tmp_path: Path) -> None:
+    records = [record(i) for i in range(RECORDS)]
+    records[8]["images"][1]["bytes"] = b"nothing"
+    records[11]["images"][0] = None
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    data, told = build.build(of(tmp_path, heldout=1e-9)), list[int]()
+    seen = [
+        row
+        for _, batch in zip(range(10), data.batches(0, 0, on_replaced=told.append), strict=False)
+        for row in rows(batch)
+    ]
+    assert sorted(map(number, seen)) == sorted([*(set(range(RECORDS)) - {8, 11}), 9, 12])
+    assert sum(told) == 2
+    assert "replaced" not in next(data.batches(0, 0))
+    for r in records:
+        r["images"] = [dict(bytes=b"nothing", path=None)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    vqa._read.cache_clear()
+    with pytest.raises(UserError, match=r"images in a row, from image 0 of data.path=.*, could not be decoded"):
+        build.build(of(tmp_path)).heldout(10)
+
+
+def test_images_are_found_without_paths_beside_them_and_in_other_processes(cauldron: Path, tmp_path: Path) -> None:
+    bare = [dict(r, images=[dict(bytes=x["bytes"]) for x in r["images"]]) for r in map(record, range(RECORDS))]
+    (tmp_path / "bare").mkdir()
+    pq.write_table(pa.Table.from_pylist(bare), tmp_path / "bare" / "a.parquet", row_group_size=7)
+    one, other = (vqa.read_records(of(folder)) for folder in (cauldron / "set0", tmp_path / "bare"))
+    copy = pickle.loads(pickle.dumps(other.train.image))
+    ordered = [i for i in range(RECORDS) if not holds_out(repr(_turns(i)), 0.3)]
+    assert other.train.images_P.tolist() == [i % 3 for i in ordered]
+    for p, i in enumerate(ordered):
+        assert [copy(p, m) for m in range(i % 3)] == [picture(i + m) for m in range(i % 3)]
+    n = len(one.train.images_P)
+    assert n < 12
+    np.testing.assert_array_equal(one.train.conversations.start_P1, other.train.conversations.start_P1[: n + 1])

@@ -25,7 +25,7 @@ from cdl.planning import settings
 from cdl.probing import probe
 from cdl.sharding import AXES, make_mesh
 from cdl.sweep import initial
-from cdl.sweep.later import NEUTRAL
+from cdl.sweep.identity import NEUTRAL
 from cdl.sweep.programs import points_of
 from cdl.sweep.store import Store
 from cdl.train.checkpoint import read_weights
