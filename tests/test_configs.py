@@ -30,8 +30,14 @@ def gpt2_parameters(size: str) -> int:
     return L * (12 * D**2 + 13 * D) + (V + S + 2) * D
 
 
+def siglip_parameters(L: int, D: int, image: int, patch: int) -> int:
+    """Blocks as GPT-2's; patches of three colours, a bias and a place for each; the last norm."""
+    return L * (12 * D**2 + 13 * D) + (3 * patch**2 + 1 + (image // patch) ** 2 + 2) * D
+
+
 # argument: parameters. Published by Hugging Face (gpt2, .., gpt2-xl; SmolLM2), timm and torchvision; ResNet-50 with the
-# CIFAR stem by github.com/kuangliu/pytorch-cifar. The sizes 1B and 7B are the paper's, their shapes ours.
+# CIFAR stem by github.com/kuangliu/pytorch-cifar. The sizes 1B and 7B are the paper's, their shapes ours. The model of
+# images and text is SigLIP 2's base, 4 x 4 of whose patches go into SmolLM2-360M: nanoVLM calls it 460M.
 SIZED = {
     "gpt2.py:0.1b-adamw": 124_439_808,
     "gpt2.py:0.1b-muon": 124_439_808,
@@ -52,6 +58,10 @@ SIZED = {
     "resnet18.py:imagenet-adamw": 11_689_512,
     "resnet50.py:imagenet": 25_557_032,
     "resnet50.py:cifar10": 23_520_842,
+    "vlm.py:paper": siglip_parameters(12, 768, 512, 16) + 16 * 768 * 960 + 361_821_120,
+    "e2e.py:full-124M": 124_439_808,
+    "e2e.py:full-355M": 354_823_168,
+    "e2e.py:full-774M": 774_030_080,
 }
 DIGITS = ["vit.py", "resnet18.py", "resnet50.py"]
 
@@ -70,7 +80,8 @@ SECTION_5 = {
 MUON = {"optimizer.name": "muon_nsgd", "optimizer.momentum": 0.95, "optimizer.nsgd_ratio": 1.0, "eta_ref": 10.0}
 ADAMW = {"optimizer.name": "adamw", "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.weight_decay": 0.01}
 FIGURE_12 = ADAMW | {"data.batch_size": 128, "eta_ref": 0.01, "schedule.name": "cosine", "schedule.final": 0.0}
-# What the paper says of its runs: section 5.1, Appendix B and D.
+APPENDIX_D2 = {"schedule.name": "linear", "schedule.warmup": 0.0, "data.batch_size": 8}
+# What the paper says of its runs: section 5.1, 5.4, Appendix B and D.
 SAID: dict[str, dict[str, Any]] = {
     "gpt2.py:0.1b-adamw": SECTION_5 | ADAMW | {"optimizer.b2": 0.95, "eta_ref": 0.3, "data.batch_size": 512},
     "gpt2.py:0.1b-muon": SECTION_5 | MUON | {"data.batch_size": 512},
@@ -87,6 +98,16 @@ SAID: dict[str, dict[str, Any]] = {
     "resnet50.py:imagenet": FIGURE_12,
     "resnet50.py:cifar10": FIGURE_12,
     "vit.py:imagenet": FIGURE_12,
+    "vlm.py:paper": {
+        "optimizer.name": "adamw",
+        "optimizer.rates": "projector:100",
+        "schedule.name": "cosine",
+        "schedule.warmup": 0.03,
+        "eta_ref": 5e-3,
+        "model.context": 8192,
+    },
+    "e2e.py:full": {"lora.rank": 0, "eta_ref": 5e-5} | APPENDIX_D2,
+    "e2e.py:lora": {"lora.rank": 4, "lora.alpha": 32.0, "eta_ref": 5e-4} | APPENDIX_D2,
 }
 
 
@@ -94,6 +115,14 @@ def loaded(name: str) -> tuple[Any, list[dict[str, Any]]]:
     config, grid = load(str(CONFIGS / name))
     assert grid is not None
     return config, grid
+
+
+@pytest.fixture(autouse=True)
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of configs that begin with some: they are there, as far as can be said without reading them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "siglip2", "smollm2"):
+        Path("weights", name).mkdir(parents=True)
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -110,11 +139,15 @@ def test_config_fits_eight_devices(name: str) -> None:
     floats = copies * sum(x.size for x in jax.tree.leaves(params)) + sum(x.size for x in jax.tree.leaves(stats))
     assert 1 <= state / (4 * floats / sizes["fsdp"]) < 1.01
     rows = c.data.batch_size // (sizes["data"] * sizes["fsdp"] * c.compute.microbatches)
-    if c.data.name == "text":
-        batch: Any = jax.ShapeDtypeStruct((rows, c.data.seq_len + 1), np.int32)
-    else:
-        shape = (rows, c.data.image_size, c.data.image_size, 3)
-        batch = dict(image=jax.ShapeDtypeStruct(shape, np.float32), label=jax.ShapeDtypeStruct((rows,), np.int32))
+    own = {} if model.data == "images" else dict(tokens=(c.data.seq_len + 1,), weight=(c.data.seq_len,))
+    if model.data == "images":
+        own = dict(image=(c.data.image_size, c.data.image_size, 3), label=())
+    if model.data == "vqa":
+        own |= dict(image=(c.data.images, c.data.image_size, c.data.image_size, 3), slot=(c.data.seq_len,))
+    batch = {
+        key: jax.ShapeDtypeStruct((rows, *shape), np.float32 if key in ("image", "weight") else np.int32)
+        for key, shape in own.items()
+    }
     gradients = 4 * model.n_params / sizes["fsdp"]
     kept = activation_bytes(model, batch)
     print(f"{name}: {model.n_params:,} parameters; on a device {state / 1e9:.2f} GB of parameters and optimizer state,")
@@ -190,7 +223,7 @@ def test_digits_need_no_download(name: str) -> None:
     assert len(points_of(c, grid)) == len(grid) == 15
 
 
-@pytest.mark.parametrize("name", ["gpt2.py", "llama.py", *DIGITS])
+@pytest.mark.parametrize("name", ["gpt2.py", "llama.py", "vlm.py", "e2e.py", *DIGITS])
 def test_unknown_arguments_are_named(name: str) -> None:
     with pytest.raises(UserError, match=f"no argument of configs/{name} 'imagnet'"):
         load(str(CONFIGS / f"{name}:imagnet"))
@@ -206,11 +239,8 @@ def test_a_sweep_may_take_the_argument_of_its_config(tmp_path: Path) -> None:
     assert load(f"{file}:5")[1] == [dict(T=4)]
 
 
-def test_dry_run_says_what_a_run_takes_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_says_what_a_run_takes_and_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a model that no machine here could hold, without its data."""
-    monkeypatch.chdir(tmp_path)
     command = ["train", f"--config={CONFIGS / 'gpt2.py'}:7b-muon", "--dry-run"]
     assert main([*command, "--devices=16", "mesh.tensor=2", "compute.microbatches=2", "--out=out"]) == 0
     said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
@@ -224,7 +254,7 @@ def test_dry_run_says_what_a_run_takes_and_leaves_nothing(
     assert memory[:2] == pytest.approx([2 * own / 1e9, own / 1e9], rel=0.005)
     flops = 6 * 64 * S * (N - (S + 2) * D - 13 * L * D + 2 * L * S * D)  # products of weights, and scores
     assert float(said["FLOPs"].split()[0]) == pytest.approx(flops, rel=1e-3)
-    assert list(tmp_path.iterdir()) == []
+    assert not Path("out").exists()
     for wrong, why in [
         (["--devices=0"], "--devices=0 must be at least 1"),
         (["--devices=7"], "data.batch_size=64 must be a multiple of mesh.data=1 x mesh.fsdp=7"),
@@ -239,3 +269,16 @@ def test_dry_run_says_what_a_run_takes_and_leaves_nothing(
         assert why in capsys.readouterr().err
     assert main([*command[:-1], "--devices=8"]) == 2
     assert "--devices=8 is for --dry-run" in capsys.readouterr().err
+
+
+def test_dry_run_counts_adapters_apart_from_what_they_adapt(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rank 4 beside the kernels [D, 3 D] of 12 layers; AdamW's moments and the gradients are of adapters alone."""
+    assert main(["train", f"--config={CONFIGS / 'e2e.py'}:lora", "--dry-run", "--devices=1"]) == 0
+    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    adapters, D = 12 * 4 * (768 + 3 * 768), 768
+    assert said["parameters"] == f"{124_439_808 + adapters:,}, {adapters:,} of them trained"
+    memory = [float(word) for word in said["memory"].split() if word[0].isdigit()]
+    assert memory[:2] == pytest.approx([4 * (124_439_808 + 3 * adapters) / 1e6, 4 * adapters / 1e6], rel=0.005)
+    products = 124_439_808 - (S + 2) * D - 13 * 12 * D  # with frozen weights: forward, and backward to the input
+    flops = 8 * 256 * (4 * products + 12 * 6 * 2 * 256 * D + 6 * adapters)
+    assert float(said["FLOPs"].split()[0]) == pytest.approx(flops, rel=1e-3)

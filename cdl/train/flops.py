@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Jaxpr, primitives
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from cdl.models.build import Model
 
@@ -72,8 +73,8 @@ class StepCost(NamedTuple):
 
 
 def step_flops(model: Model, batch: Any) -> int:
-    """Model FLOPs of one update on a batch: three times the forward pass; twice where parameters are frozen, whose
-    gradients are not made (those of adapters are left out, a few percent).
+    """Model FLOPs of one update on a batch: three times the forward pass; where parameters are frozen, whose gradients
+    are not made, the products of the pass forward and backward as they come.
 
     Args:
       model: built with ``Compute(attention="xla")``; a fused kernel does not show what it computes.
@@ -87,8 +88,12 @@ def step_flops(model: Model, batch: Any) -> int:
     def forward(params: Any, stats: Any, batch: Any, frozen: Any) -> Any:
         return model.over(frozen).loss(params, stats, batch)
 
-    passes = 3 if model.frozen is None else 2
-    return passes * _products(jax.make_jaxpr(forward)(params, stats, batch, model.frozen).jaxpr)
+    if model.frozen is None:
+        return 3 * _products(jax.make_jaxpr(forward)(params, stats, batch, None).jaxpr)
+    both = jax.make_jaxpr(jax.grad(lambda *x: forward(*x)[0].loss))(params, stats, batch, model.frozen).jaxpr
+    # A rule of custom derivatives gives all of them, needed or not, and XLA leaves out what is not.
+    needed, _ = dce_jaxpr(both, [True] * len(both.outvars))
+    return _products(needed)
 
 
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
