@@ -21,11 +21,11 @@ def export(arguments: argparse.Namespace) -> None:
     store = Store(arguments.folder)
     point = stored_point(store, one_run(store, arguments.id))
     c = point.config
-    params, stats = read_weights(store.checkpoints(point))
+    params, stats, step = read_weights(store.checkpoints(point))
     if c.lora.rank and initial.fingerprint(c) != point.fingerprints["init.fingerprint"]:
         raise UserError(f"init={c.init!r} is not what was adapted; bring the same file, or run where it is")
     if c.lora.rank:
         params = merge(initial.load(c)[0], params, LoRA(**c.lora))
     pretrained.save(c.model.to_dict(), params, stats, arguments.out)
     n = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{n:,} parameters after {store.saved(point)} updates: {arguments.out}")
+    print(f"{n:,} parameters after {step} updates: {arguments.out}")

@@ -90,8 +90,10 @@ def run_sweep(
       The results, a row for each point in the order of the grid, with the columns of `cdl.sweep_table`.
 
     Raises:
-      UserError: bad values in a config; runs that failed.
+      UserError: bad values in a config; runs that failed; one of several processes of `jax.distributed`.
     """
+    if jax.distributed.is_initialized():
+        raise UserError("a grid is trained by one process, or by its workers; take cdl sweep --distributed for several")
     arguments = argparse.Namespace(**(_ALONE | (vars(arguments) if arguments else {}) | dict(keep=keep)))
     store, train = Store(folder), trainer(arguments)
     points = points_of(config, grid)

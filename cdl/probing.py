@@ -158,7 +158,7 @@ class _Iterates:
     def _read(self, step: int) -> Iterate:
         if step in self._kept:
             return self._kept[step]
-        read = Iterate(*read_weights(self._folder / f"step_{step}"))
+        read = Iterate(*read_weights(self._folder / f"step_{step}")[:2])
         if len(self._kept) < self._fit:
             self._kept[step] = read
         return read

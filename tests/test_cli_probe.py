@@ -182,7 +182,7 @@ def test_batch_normalisation_uses_the_statistics_of_each_iterate(
     net, dataset = models.build(point.config.model.to_dict()), data.build(point.config.data)
     batches = dataset.batches(2**32 - 1, 0)
     sample = [dataset.prepare(next(batches)) for _ in range(2)]
-    params, stats = read_weights(out / "checkpoints" / point.id / "step_3")
+    params, stats, _ = read_weights(out / "checkpoints" / point.id / "step_3")
     sums = [jax.jit(net.loss, static_argnums=3)(params, stats, batch, False)[0] for batch in sample]
     assert made["loss"][1] == pytest.approx(float(sum(s.loss for s in sums) / sum(s.count for s in sums)), rel=1e-5)
 

@@ -34,7 +34,7 @@ from cdl.errors import UserError, say
 from cdl.train.checksum import checksums
 from cdl.train.distributed import on_all_processes
 
-__all__ = ["Checkpoints", "Restored", "read_weights", "saved_steps"]
+__all__ = ["Checkpoints", "Restored", "Weights", "read_weights", "saved_steps"]
 
 _RECORD = "record.json"
 _MEET_SECONDS = 300  # that processes wait for one whose part of a save has failed, which then fails for all
@@ -294,15 +294,20 @@ class Checkpoints:
         return Restored(step, jax.tree.unflatten(structure, leaves.values()), losses)
 
 
-def read_weights(folder: Path) -> tuple[Any, Any]:
-    """Parameters and statistics of the newest checkpoint of a run that is whole. Changes nothing.
+class Weights(NamedTuple):
+    """params, stats: trees of NumPy arrays, as `cdl.models.build.Model.init` gives them; `cdl.models.pretrained.save`
+    writes them for other tools. step: updates that they have seen."""
+
+    params: Any
+    stats: Any
+    step: int
+
+
+def read_weights(folder: Path) -> Weights:
+    """Those of the newest checkpoint of a run that is whole. Changes nothing.
 
     Args:
       folder: of the run's checkpoints, or one of its checkpoints.
-
-    Returns:
-      Trees of NumPy arrays, as `cdl.models.build.Model.init` gives them; `cdl.models.pretrained.save` writes them for
-      other tools.
 
     Raises:
       UserError: there is none.
@@ -312,7 +317,7 @@ def read_weights(folder: Path) -> tuple[Any, Any]:
     why = "there is no checkpoint in it"
     for path in paths:
         try:
-            return _weights(path)
+            return Weights(*_weights(path), int(path.name.removeprefix("step_")))
         except _DamagedError as error:
             why = f"{path.name} is damaged: {error}"
         except MemoryError:

@@ -170,7 +170,7 @@ def test_a_run_keeps_its_adapters_alone_and_merges_them(
     lora = ["lora.rank=2", "lora.targets=attention/", f"init={start}", "optimizer.name=adamw", "T=20", "eta_ref=0.5"]
     assert main(["train", f"--config={TINY}", f"--out={tmp_path / 'out'}", *lora]) == 0
     (id,) = Store(tmp_path / "out").ids()
-    adapters, stats = read_weights(tmp_path / "out" / "checkpoints" / id)
+    adapters, stats, _ = read_weights(tmp_path / "out" / "checkpoints" / id)
     assert stats == {}
     assert {path[-1] for path in flatten_dict(adapters)} == {"lora_a", "lora_b"}
     before = to_hugging_face(THREE_K, weights(THREE_K), {})

@@ -200,7 +200,7 @@ def test_bad_weights_are_said_before_anything_is_trained(
 def test_a_run_starts_from_the_weights_that_another_has_kept(tmp_path: Path) -> None:
     assert main(["train", f"--config={TINY}", f"--out={tmp_path / 'a'}", "T=20", "checkpoint.steps=8"]) == 0
     (kept,) = (tmp_path / "a" / "checkpoints").iterdir()
-    params, stats = read_weights(kept)
+    params, stats, _ = read_weights(kept)
     assert stats == {}
     pretrained.save(SECTION, params, stats, tmp_path / "exported")  # and other tools have them
     for path in (kept, kept / "step_20", tmp_path / "exported"):

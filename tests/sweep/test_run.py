@@ -271,7 +271,9 @@ def test_a_second_time_trains_nothing(tiny_sweep: Path) -> None:
     assert {f: f.stat().st_mtime_ns for f in tiny_sweep.glob("*/*")} == before
 
 
-def test_the_function_gives_what_the_command_gives(tiny_sweep: Path, tmp_path: Path) -> None:
+def test_the_function_gives_what_the_command_gives(
+    tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a notebook calls it; rows are in the order of the grid."""
     config, grid = load(TINY)
     assert grid is not None
@@ -281,6 +283,9 @@ def test_the_function_gives_what_the_command_gives(tiny_sweep: Path, tmp_path: P
     assert cdl.run_sweep(config, grid[:2], tmp_path / "s")["id"].tolist() == table["id"].tolist()[:2]
     with pytest.raises(UserError, match="no config field"):
         cdl.run_sweep(config, [{"model.n_layers": 3}], tmp_path / "s")
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    with pytest.raises(UserError, match="take cdl sweep --distributed"):
+        cdl.run_sweep(config, grid, tmp_path / "s")
 
 
 def test_results_say_what_was_run(tiny_sweep: Path) -> None:

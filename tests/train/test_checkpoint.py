@@ -208,8 +208,8 @@ def test_orbax_is_silent_and_imported_late(two_steps: Path, capfd: pytest.Captur
 
 def test_weights_alone_are_those_of_the_newest_whole_checkpoint(copy: Path) -> None:
     for step in (2, 1):
-        params, stats = read_weights(copy)
-        assert stats == {}
+        params, stats, read = read_weights(copy)
+        assert (stats, read) == ({}, step)
         expected = make_state(step).params
         assert bits(params["embed"]["kernel"]) == bits(np.asarray(expected["embed"]["kernel"])[0])
         assert [bits(params["blocks"][i]) for i in (0, 1)] == [bits(np.asarray(x)[0]) for x in expected["blocks"]]
