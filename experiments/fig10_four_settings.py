@@ -3,8 +3,8 @@
     python experiments/fig10_four_settings.py [--scale=laptop|gpu|paper]
 
 `paper`: 0.1B with AdamW, and 0.1B, 1B and 7B with Muon-NSGD (section 5.3). `laptop` and `gpu`: the middle size with
-AdamW, and three sizes with Muon-NSGD. The best rate is that of Figure 8 or 9, and larger models take it from the
-smaller one. See experiments/paper.py for options.
+AdamW, and three sizes with Muon-NSGD. The best rate is that of Figure 8 or 9, and other sizes take it from that one,
+if they ran at it. See experiments/paper.py for options.
 """
 
 from dataclasses import dataclass
@@ -93,14 +93,16 @@ def experiment(lab: Lab) -> Outcome:
 
 
 def _setting(optimizer: str, sweep: Sweep, lab: Lab, eta_ref: float | None = None) -> Setting:
-    """Trained at all rates of its grid; at the best one where none is given."""
+    """Trained at all rates of its grid; at the best one of these where none of them is given."""
     runs = lab.train(sweep).table
-    rate = cdl.fit_horizon(runs).best(float(runs["T"].max())).eta_ref if eta_ref is None else eta_ref
-    table = runs[(runs["eta_ref"] == rate) & (runs["status"] == "done")]
+    done = runs[runs["status"] == "done"]
+    if eta_ref is None or eta_ref not in set(done["eta_ref"]):
+        eta_ref = cdl.fit_horizon(runs).best(float(runs["T"].max())).eta_ref
+    table = done[done["eta_ref"] == eta_ref]
     if len(table) < 3:
-        raise UserError(f"{sweep.folder} has {len(table)} finished runs at eta_ref={rate:g}; three make a line")
-    (line,) = cdl.fit_horizon(table).lines if len(table) > 3 else (fit_line(*_columns(table), rate),)
-    return Setting(f"{size(float(runs['n_params'].iloc[0]))} {optimizer}", rate, runs, table, line)
+        raise UserError(f"{sweep.folder} has {len(table)} finished runs at eta_ref={eta_ref:g}; three make a line")
+    (line,) = cdl.fit_horizon(table).lines if len(table) > 3 else (fit_line(*_columns(table), eta_ref),)
+    return Setting(f"{size(float(runs['n_params'].iloc[0]))} {optimizer}", eta_ref, runs, table, line)
 
 
 def _columns(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,6 @@ ends with DIR/figNN_name.png, and DIR/figNN_name.json with its numbers and what 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -147,7 +146,7 @@ def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> No
             command=" ".join(["python", f"experiments/{name}.py", *map(_elsewhere, sys.argv[1:])]),
             runs=len(lab.seconds),
             run_seconds=round(sum(lab.seconds.values()), 1),
-            machine=_machine(lab.device),
+            machine=lab.device,
             versions=lab.versions,
             claims=[asdict(claim) for claim in outcome.claims],
             numbers=outcome.numbers,
@@ -200,16 +199,6 @@ def published(lab: Lab, what: str, *files: str) -> Path:
 def span(values: Sequence[float], form: str = ".3f") -> str:
     """The least and the largest of numbers."""
     return f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
-
-
-def _machine(device: str) -> str:
-    """Of which kind runs were trained on, with its cores where it is a CPU."""
-    if device != "cpu":
-        return device
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{os.cpu_count()} cores of {model}"
 
 
 def _elsewhere(word: str) -> str:

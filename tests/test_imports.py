@@ -24,7 +24,7 @@ LAYERS = [
     {"train", "config"},
     {"models", "optim", "data", "laws", "probes"},
     {"theory"},
-    {"schedules", "plots", "sharding", "compute", "wording"},
+    {"schedules", "plots", "sharding", "compute", "wording", "machine"},
     {"errors"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

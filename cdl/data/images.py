@@ -10,7 +10,6 @@ An image that cannot be decoded is replaced by the next one that can, in the ord
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +25,7 @@ from cdl.data import augment
 from cdl.data.image_files import Images, read_images
 from cdl.data.image_sources import Arrays
 from cdl.errors import UserError, check_share
+from cdl.machine import cores
 
 __all__ = [
     "Images",
@@ -126,7 +126,7 @@ def iterate(dataset: grain.MapDataset, first: int, workers: int) -> grain.Datase
     """
     rest = dataset[first:]
     if workers == 0:
-        threads = _cores()
+        threads = cores()
         return iter(rest.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads flags of its own here, which only an absl program parses
@@ -148,7 +148,7 @@ def heldout_batches(images: Images, section: ConfigDict, size: int) -> dict[str,
     E = min(max(1, round(size / B)), len(images.heldout) // B)
     chosen = np.linspace(0, len(images.heldout) - 1, E * B).astype(np.int64)
     rng = np.random.default_rng(0)  # nothing is drawn from it
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         items = list(pool.map(lambda i: draw(int(i), rng), chosen))
     check_undecodable(section.path, sum(int(item["replaced"]) for item in items), len(items))
     image_NxSxSxC = np.stack([item["image"] for item in items])
@@ -248,10 +248,6 @@ class _DrawBatch:
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     """All images in an order of its own for each epoch. Grain's shuffle takes longer than all else about a batch."""
     return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batch_size(source: grain.sources.RandomAccessDataSource, section: ConfigDict, what: str) -> int:

@@ -30,6 +30,7 @@ from cdl.data.documents import Documents
 from cdl.data.token_files import DESCRIPTION, DTYPES, FILES, fingerprint
 from cdl.data.vocabulary import Vocabulary, read_vocabulary
 from cdl.errors import UserError
+from cdl.machine import cores
 
 __all__ = ["Progress", "write_token_files"]
 
@@ -90,11 +91,10 @@ def write_token_files(
         raise UserError(f"--out={out} exists already; choose a new folder")
     if not 0 < val < 1:
         raise UserError(f"--val={val} must be a share in (0, 1)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = cores if workers is None else workers
+    workers = cores() if workers is None else workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    workers = min(workers, 4 * cores)  # more would only take memory: hundreds of megabytes each
+    workers = min(workers, 4 * cores())  # more would only take memory: hundreds of megabytes each
     vocabulary = read_vocabulary(tokenizer)
     documents = Documents(sources, field)
     dtype = "uint16" if vocabulary.size <= 1 << 16 else "uint32"

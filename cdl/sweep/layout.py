@@ -1,7 +1,6 @@
 """Where runs go: the mesh of devices, and how many runs are trained side by side on it."""
 
 import math
-import os
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cdl.errors import UserError
+from cdl.machine import cores
 from cdl.sharding import make_mesh, mesh_shape
 
 __all__ = ["Layout", "layout", "shape_on", "use_cpu_cores"]
@@ -86,8 +86,7 @@ def use_cpu_cores() -> None:
     """
     if jax.config.jax_num_cpu_devices > 0:  # pyrefly: ignore[missing-attribute]
         return  # said by JAX_NUM_CPU_DEVICES
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        jax.config.update("jax_num_cpu_devices", max(2, cores))
+        jax.config.update("jax_num_cpu_devices", max(2, cores()))
     except RuntimeError:
         return  # JAX is in use already, as in a notebook: its devices are what there is

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from cdl.data import build as data
 from cdl.errors import UserError, say
+from cdl.machine import processor
 from cdl.sweep import initial
 from cdl.sweep.claims import Worker
 from cdl.sweep.grid import Point
@@ -418,9 +419,10 @@ class _Replaced:
 @functools.cache  # asked for at every claim, of every run and every second that one waits for others
 def environment() -> dict[str, Any]:
     """What runs in this process are computed by: the name of the devices, processes, versions."""
+    kind = jax.devices()[0].device_kind
     packages = ("cdl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": processor() if kind == "cpu" else kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},

@@ -8,7 +8,6 @@ length is measured in a process of its own, for its peak memory.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cdl.machine import processor
 
 SHAPES = ("constant", "cosine")
 
@@ -84,10 +85,8 @@ def main() -> None:
 def machine(platform_name: str) -> dict[str, str]:
     import jax
 
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    host = f"{len(os.sched_getaffinity(0))} cores of {names[0].split(':')[1].strip()}"
     versions = f"jax {jax.__version__}, numpy {np.__version__}"
-    return {"text": f"{device_of(platform_name).device_kind}; {host}; {versions}"}
+    return {"text": f"{device_of(platform_name).device_kind}; {processor()}; {versions}"}
 
 
 def curve(platform_name: str, shape: str, T: int, precision: str) -> dict[str, Any]:

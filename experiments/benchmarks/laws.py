@@ -35,6 +35,7 @@ from cdl.laws.curve import LAWS, fit_curve
 from cdl.laws.holdout import join, score_of
 from cdl.laws.records import Trajectory, trajectories
 from cdl.laws.solve import DELTA, objective, predict
+from cdl.machine import processor
 
 FITTED = ("cosine_24000", "constant_24000", "wsdcon_9")
 OTHERS = ("constant_72000", "cosine_72000", "wsd_20000_24000", "wsdld_20000_24000", "wsdcon_3", "wsdcon_18")
@@ -181,10 +182,9 @@ def adamw_step(theta: Any, state: Any, prepared: dict[str, jax.Array], log_loss_
 
 
 def machine() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     versions = f"jax {jax.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, optax {optax.__version__}"
     threads = os.environ.get("OPENBLAS_NUM_THREADS", "all")
-    return f"{len(os.sched_getaffinity(0))} cores ({threads} for BLAS) of {names[0].split(':')[1].strip()}; {versions}"
+    return f"{processor()}, {threads} for BLAS; {versions}"
 
 
 if __name__ == "__main__":

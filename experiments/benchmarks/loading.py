@@ -30,6 +30,7 @@ from PIL import Image, features
 from cdl.data import images, text
 from cdl.data.image_files import write_array_records
 from cdl.data.image_sources import Arrays
+from cdl.machine import processor
 
 HEIGHT, WIDTH, SIZE, BATCH = 375, 500, 224, 64
 
@@ -120,9 +121,8 @@ def rate(batches: Iterator[Any], seconds: float) -> float:
 
 
 def machine() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return (
-        f"{len(os.sched_getaffinity(0))} cores of {names[0].split(':')[1].strip()}; "
+        f"{processor()}; "
         f"Python {platform.python_version()}, grain {grain.__version__}, pyarrow {pa.__version__}, "
         f"Pillow {PIL.__version__} with libjpeg-turbo {features.version('libjpeg_turbo')}"
     )

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from cdl.machine import processor
 
 VOCABULARY = {"cpu": 256, "gpu": 50_304}  # GPT-2's 50,257 in whole tiles, as nanoGPT has it
 SEQUENCE = {"cpu": 256, "gpu": 1024}
@@ -277,15 +278,13 @@ def machine() -> str:
 
     import jax
 
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    host = f"{len(os.sched_getaffinity(0))} cores of {names[0].split(':')[1].strip() if names else platform.machine()}"
     versions = []
     for name in ("jax", "flax", "optax", "torch", "transformers"):
         try:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             versions.append(f"no {name}")
-    return f"{jax.devices()[0].device_kind}; {host}; {', '.join(versions)}"
+    return f"{jax.devices()[0].device_kind}; {processor()}; {', '.join(versions)}"
 
 
 def _tokens(shape: Shape, rows: int) -> np.ndarray:

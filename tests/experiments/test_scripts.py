@@ -1,16 +1,13 @@
 """The scripts of the paper's figures: configs of every scale, what is said of claims, and that they go on."""
 
-import importlib
 import json
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 
 import cdl
@@ -18,21 +15,9 @@ from cdl import config
 from cdl.sweep.programs import eta_of, eval_steps, parts_of
 
 from ..conftest import TINY
+from .conftest import EXPERIMENTS
 
-ROOT = Path(cdl.__file__).parents[1]
-EXPERIMENTS = ROOT / "experiments"
 SCRIPTS = sorted(f.stem for f in EXPERIMENTS.glob("*.py") if f.stem[:3] in ("fig", "tab"))
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """A script or a module beside it, by name, as Python finds it when a script is run."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if (EXPERIMENTS / f"{name}.py").is_file():
-            del sys.modules[name]
 
 
 def test_every_figure_and_table_has_a_script() -> None:
@@ -40,6 +25,16 @@ def test_every_figure_and_table_has_a_script() -> None:
     assert numbers == {f"fig{n:02d}" for n in range(1, 14)} | {"tab01", "tab02", "tab06", "tab07"}
     page = (EXPERIMENTS / "RESULTS.md").read_text()
     assert all(f"experiments/{name}.py" in page for name in SCRIPTS)
+
+
+def test_the_page_of_results_is_of_the_results_beside_it(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = script("results")
+    monkeypatch.setattr(results, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(sys, "argv", ["results.py"])
+    results.main()
+    assert (tmp_path / "page.md").read_text() == (EXPERIMENTS / "RESULTS.md").read_text()
 
 
 @pytest.mark.parametrize("scale", ["laptop", "gpu", "paper"])
@@ -85,66 +80,6 @@ def test_fine_tuning_can_be_built(
             sweep = module.fine_tuning(scale, size, str(tmp_path), which)
             model, _ = parts_of(config.change(sweep.config, sweep.grid[0]))
             assert (model.frozen is not None) == (which == "lora")
-
-
-class Invented:
-    """A lab whose runs are made up: loss(eta_ref, T)."""
-
-    scale = "laptop"
-
-    def __init__(self, loss: Callable[[float, float], float]):
-        self._loss = loss
-
-    def train(self, sweep: Any) -> Any:
-        rows = []
-        for changes in sweep.grid:
-            c = config.change(sweep.config, changes)
-            rows.append(dict(eta_ref=c.eta_ref, T=c.T, loss=self._loss(c.eta_ref, c.T), status="done", seed=c.seed))
-        return SimpleNamespace(table=pd.DataFrame(rows))
-
-
-def verdicts(outcome: Any) -> list[bool | None]:
-    return [claim.agrees for claim in outcome.claims]
-
-
-def noise(*point: float) -> float:
-    return float(np.random.default_rng([int(1000 * x) for x in point]).normal(0, 0.002))
-
-
-def test_horizons_agree_where_the_law_holds_and_not_where_it_fails(script: Callable[[str], ModuleType]) -> None:
-    horizons, sweep = script("horizons").horizons, script("fig08_gpt2_adamw_horizons").sweeps("laptop")[0]
-    said = dict(best="-", reach="-")
-
-    def lawful(eta_ref: float, T: float) -> float:
-        return 1.0 + (20 * eta_ref + 0.8 / eta_ref) / T**0.5 + noise(eta_ref, T)
-
-    assert verdicts(horizons(Invented(lawful), sweep, said)) == [True, True, True]
-    # Another power of T.
-    assert verdicts(horizons(Invented(lambda e, T: 0.2 + 3e4 * (1 + e) * T**-1.6), sweep, said))[1] is False
-    wild = horizons(Invented(lambda e, T: 2 + 200 * abs(noise(e, T))), sweep, said)
-    assert verdicts(wild)[0] is False
-    assert (
-        verdicts(horizons(Invented(lambda e, T: 1 + (1 + abs(np.log(e * T**0.5 / 8))) / T**0.5), sweep, said))[2]
-        is False
-    )
-
-
-def test_ablations_see_a_setting_that_matters(script: Callable[[str], ModuleType]) -> None:
-    module = script("tab07_ablations")
-
-    class Lab(Invented):
-        def __init__(self, slopes: list[float]):
-            self._slopes = slopes
-
-        def train(self, sweep: Any) -> Any:
-            n = len(sweep.grid) // len(self._slopes)
-            T = np.array([changes["T"] for changes in sweep.grid], float)
-            Q = np.repeat(self._slopes, n)
-            loss = 1 + 0.01 * Q + Q / T**0.5 + [noise(t, q) for t, q in zip(T, Q, strict=True)]
-            return SimpleNamespace(table=pd.DataFrame(dict(T=T, loss=loss, status="done")))
-
-    assert verdicts(module.experiment(Lab([20, 20, 20, 35, 20, 20, 20]))) == [True, True, True]
-    assert verdicts(module.experiment(Lab([20, 20, 20, 15, 20, 26, 20]))) == [True, False, False]
 
 
 def test_a_script_trains_what_is_not_there_and_writes_what_it_found(

@@ -1,0 +1,20 @@
+"""What this machine is, in words."""
+
+import os
+import platform
+from pathlib import Path
+
+__all__ = ["cores", "processor"]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The CPU, such as "2 cores of AMD EPYC"."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{cores()} cores of {next(named, platform.processor() or platform.machine())}"
