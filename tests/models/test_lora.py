@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,35 +58,66 @@ def mean_loss(model: Model, params: Any, batch: Any = TOKENS) -> jax.Array:
     return sums.loss / sums.count
 
 
+class _Theirs(NamedTuple):
+    """A family of `transformers`, adapted by `peft`. modules: what our adapted layers are called there, {} a layer."""
+
+    section: dict[str, Any]
+    lora: LoRA
+    family: str
+    modules: dict[str, str]
+
+
+FAMILIES = {
+    "gpt2": _Theirs(
+        GPT2,
+        LORA,
+        "GPT2LMHeadModel",
+        {"attention/qkv": "transformer.h.{}.attn.c_attn", "mlp/down": "transformer.h.{}.mlp.c_proj"},
+    ),
+    "llama": _Theirs(
+        dict(name="llama", vocab_size=61, context=24, n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48),
+        LoRA(rank=3, alpha=12.0, targets="attention/(q|v)$|mlp/down$"),
+        "LlamaForCausalLM",
+        {
+            "attention/q": "model.layers.{}.self_attn.q_proj",
+            "attention/v": "model.layers.{}.self_attn.v_proj",
+            "mlp/down": "model.layers.{}.mlp.down_proj",
+        },
+    ),
+}
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's and transformers' own making
-def test_loss_and_gradients_are_those_of_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_peft(family: str, tmp_path: Path) -> None:
     torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
-    frozen = weights(GPT2)
-    model = build(GPT2, lora=LORA).over(frozen)
+    section, lora, name, modules = FAMILIES[family]
+    frozen = weights(section)
+    model = build(section, lora=lora).over(frozen)
     adapters = away_from_zero(compiled(model.init)(2)[0], 3)
     loss, grads = compiled(jax.value_and_grad(lambda params: mean_loss(model, params)))(adapters)
 
-    save(GPT2, frozen, {}, tmp_path)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)
+    save(section, frozen, {}, tmp_path)
+    theirs = getattr(transformers, name).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    targets = [".".join(path.split(".")[-2:]) for path in modules.values()]
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=targets, fan_in_fan_out=family == "gpt2")
     theirs = peft.get_peft_model(theirs, config).eval()
     named = dict(theirs.named_parameters())
-    layers = {"attention/qkv": "attn.c_attn", "mlp/down": "mlp.c_proj"}
 
-    def ordered(name: str, b_LxRxN: np.ndarray) -> np.ndarray:
-        """Columns of ours are (head, q k v, K), of theirs (q k v, head, K)."""
-        if name != "attention/qkv":
+    def ordered(layer: str, b_LxRxN: np.ndarray) -> np.ndarray:
+        """Columns of our joint kernel are (head, q k v, K), of theirs (q k v, head, K)."""
+        if layer != "attention/qkv":
             return b_LxRxN
-        return b_LxRxN.reshape(3, LORA.rank, 4, 3, -1).swapaxes(2, 3).reshape(b_LxRxN.shape)
+        return b_LxRxN.reshape(3, lora.rank, 4, 3, -1).swapaxes(2, 3).reshape(b_LxRxN.shape)
 
     def pairs(tree: Any) -> dict[str, np.ndarray]:
         """Our arrays by their names, laid out as theirs."""
         flat = {"/".join(path): np.asarray(x) for path, x in flatten_dict(tree["blocks"]["layers"]).items()}
         made = {}
-        for ours, name in layers.items():
-            a, b = flat[f"{ours}/lora_a"], ordered(ours, flat[f"{ours}/lora_b"])
+        for layer, path in modules.items():
+            a, b = flat[f"{layer}/lora_a"], ordered(layer, flat[f"{layer}/lora_b"])
             for i in range(3):
-                at = f"base_model.model.transformer.h.{i}.{name}"
+                at = f"base_model.model.{path.format(i)}"
                 made[f"{at}.lora_A.default.weight"], made[f"{at}.lora_B.default.weight"] = a[i].T, b[i].T
         return made
 
