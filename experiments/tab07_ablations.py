@@ -10,6 +10,7 @@ experiments/paper.py for options.
 from gpt2_runs import one_run
 from paper import Claim, Lab, Outcome, Sweep, main, span
 
+from cdl.errors import UserError
 from cdl.laws.horizon import fit_line
 
 HORIZONS = {"laptop": [200, 300, 400, 700, 1000], "gpu": [1000, 1500, 2000, 3000, 4000]}
@@ -51,18 +52,16 @@ def experiment(lab: Lab) -> Outcome:
         runs = runs[runs["status"] == "done"]
         if len(runs) > 2:
             fits[name] = fit_line(runs["T"].to_numpy(), runs["loss"].to_numpy())
+    if names[0] not in fits:
+        raise UserError("of the runs that all others are compared with too few have ended well; use a smaller eta_ref")
     lines = ["| | Q (std err) | L_inf (std err) | R2 |", "|---|---|---|---|"]
     for name in names:
         f = fits.get(name)
         numbers = f"{f.Q:.3f} ({f.Q_se:.3f}) | {f.L_inf:.4f} ({f.L_inf_se:.4f}) | {f.r2:.4f}" if f else "diverged | | "
         lines.append(f"| {name} | {numbers} |")
     r2 = [f.r2 for f in fits.values()]
-    default, *others = [fits[name] for name in names if name in fits]
-    apart = [
-        name
-        for name, f in zip([x for x in names if x in fits][1:], others, strict=True)
-        if abs(f.Q - default.Q) > 2 * (f.Q_se**2 + default.Q_se**2) ** 0.5
-    ]
+    default = fits[names[0]]
+    apart = [name for name, f in fits.items() if abs(f.Q - default.Q) > 2 * (f.Q_se**2 + default.Q_se**2) ** 0.5]
     batch = next(name for name in names if name.startswith("batch size"))
     return Outcome(
         None,
