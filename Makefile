@@ -13,7 +13,7 @@ demo-check: .venv/cdl  ## the demo, then train the predicted horizon and compare
 
 paper-laptop: .venv/paper  ## every figure and table of the paper in small, and experiments/RESULTS.md: most of an hour
 	for script in experiments/fig[0-9]*.py experiments/tab[0-9]*.py; do $(BIN)/python $$script || exit; done
-	$(BIN)/python experiments/results.py runs/paper-*
+	$(BIN)/python experiments/results.py runs/paper-laptop
 
 test: .venv/test  ## the tests, but for slow ones
 	$(BIN)/python -m pytest -n auto

@@ -79,6 +79,8 @@ def probe(
     done = id in store.ids()
     if len(steps) < 2:
         up_to = f" up to --T={T}" if T is not None else ""
+        if done and store.result(id)["status"] != "done":
+            raise UserError(f"run {id} has diverged, and of such runs no iterates are kept; probe it under way")
         there = "none" if not steps else f"one, of step {steps[0]}"
         raise UserError(f"of the iterates of run {id}{up_to} {there} is saved, and probing needs two; {HOW_TO_SAVE}")
     # What fused attention computes has no second derivative; and in bfloat16 gaps would be rounding.
@@ -86,8 +88,9 @@ def probe(
     model = models.build(exact, Compute(remat=c.compute.remat, attention="xla"), LoRA(**c.lora))
     frozen = initial.load(c)[0] if c.lora.rank else None
     dataset = data.build(c.data)
+    most, reserved = _vectors(model) if curvature else (0, 0)
     tell("reading iterates")
-    saved = _Iterates(store.checkpoints(point), c, model, _spread(steps, iterates - 1), hold=not done)
+    saved = _Iterates(store.checkpoints(point), c, model, _spread(steps, iterates - 1), not done, reserved)
     batch_E = _sample(dataset, samples)
     E = len(jax.tree.leaves(batch_E)[0])
 
@@ -107,7 +110,7 @@ def probe(
         bends = []
         for n, i in enumerate(_spread(range(P), curvature), 1):
             tell(f"curvature: {n} of {curvature} iterates")
-            bends.append(_bend(loss, saved, i, path))
+            bends.append(_bend(loss, saved, i, path, most))
         tell("rounding")
         rounding = _rounding(loss, saved, P)
     except jax.errors.JaxRuntimeError as error:
@@ -128,14 +131,17 @@ class _Iterates:
     """w_0 and saved iterates: as many as fit are kept in memory, the others are read from disk whenever they are used.
 
     hold: read all that fit now, since whoever trains the run may remove them; those that are gone already are left out.
+    reserved: bytes to leave free.
     """
 
-    def __init__(self, folder: Path, c: ConfigDict, model: models.Model, steps: Sequence[int], hold: bool):
+    def __init__(
+        self, folder: Path, c: ConfigDict, model: models.Model, steps: Sequence[int], hold: bool, reserved: int
+    ):
         self._folder, self._kept = folder, dict[int, Iterate]()
         params, stats = initial.load(c) if c.init and not c.lora.rank else jax.device_get(jax.jit(model.init)(c.seed))
         self._kept[0] = Iterate(params, stats)
         size = sum(x.nbytes for x in jax.tree.leaves(self._kept[0]))
-        self._fit = max(2, int(_SHARE * free_memory() // size))
+        self._fit = max(2, int(_SHARE * (free_memory() - reserved) // size))
         self.steps = [0, *steps]
         if len(self.steps) > self._fit:
             say(
@@ -187,13 +193,22 @@ def _sample(dataset: data.Dataset, samples: int) -> Any:
     return jax.tree.map(lambda *x: np.stack(x), *batches)
 
 
-def _bend(loss: Loss, saved: _Iterates, i: int, path: Measured) -> Bend:
-    """Eigenvalues at an iterate, and the loss along its gradient."""
-    at = saved.load(i)
-    N = sum(x.size for x in jax.tree.leaves(at.params))
+def _vectors(model: models.Model) -> tuple[int, int]:
+    """How many products with the Hessian to make at most, and the bytes that their vectors take.
+
+    Raises:
+      UserError: memory holds too few of them.
+    """
+    N = sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, 0)[0]))
     most = min(_PRODUCTS, most_steps(N, _SHARE * free_memory()))
     if most < min(_FEWEST_PRODUCTS, N):
         raise UserError(f"memory holds {most} vectors of {N:,} parameters, too few for eigenvalues; use --curvature=0")
+    return most, 8 * N * most
+
+
+def _bend(loss: Loss, saved: _Iterates, i: int, path: Measured, most: int) -> Bend:
+    """Eigenvalues at an iterate, from so many products at most, and the loss along its gradient."""
+    at = saved.load(i)
     product = loss.product(at)
     spectrum = extreme_eigenvalues(product, at.params, most=most)
     gradient = loss.gradient(at)

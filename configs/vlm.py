@@ -32,7 +32,6 @@ def get_config(arg: str = "small") -> ConfigDict:
     if arg == "small":
         c.T = 400
         c.eta_ref = 0.03
-        c.optimizer.rates = "projector:10"
         c.model = cdl.config.section("model", "vlm", **vlm.arguments("250k", context=80))
         tokens = vlm.image_tokens(c.model)
         c.data = cdl.config.section("data", "vqa", path="easy-vqa", seq_len=80, image_size=64, image_tokens=tokens)

@@ -52,4 +52,4 @@ def experiment(lab: Lab) -> Outcome:
 
 
 if __name__ == "__main__":
-    main(__file__, __doc__, experiment)
+    main(__file__, __doc__, experiment, of_published=True)

@@ -4,8 +4,8 @@
 
 `laptop`: 250 thousand parameters drawn at random, on pictures and questions of the package easy-vqa. `gpu`: the same
 data and horizons of up to 16,000 updates. `paper`: siglip2-base-patch16-512 and SmolLM2-360M-Instruct on The Cauldron
-(section 5.4; configs/vlm.py says what has to be there). The projector's rate is ten times (`paper`: a hundred times)
-that of the other parts. See experiments/paper.py for options.
+(section 5.4; configs/vlm.py says what has to be there). The projector's rate is a hundred times that of the other
+parts. See experiments/paper.py for options.
 """
 
 from horizons import horizons

@@ -66,7 +66,7 @@ def experiment(lab: Lab) -> Outcome:
         table = lab.train(sweep).table
         lost += int((table["status"] != "done").sum())
         runs = table[table["status"] == "done"].groupby("T")[["train_loss", "loss"]].mean().reset_index()
-        epochs = runs["T"] * sweep.config.data.batch_size / _epoch(lab.scale, name)
+        epochs = runs["T"] * table["data.batch_size"].iloc[0] / _epoch(lab.scale, name)
         numbers[name] = dict(T=runs["T"], epochs=epochs)
         for column, label, color in (("train_loss", "training", "tab:blue"), ("loss", "test", "tab:red")):
             T, loss = runs["T"].to_numpy(float), runs[column].to_numpy(float)

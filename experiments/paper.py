@@ -3,7 +3,8 @@
     python experiments/figNN_name.py [--scale=laptop|gpu|paper] [--out=DIR] [FIELD=VALUE ...] [options of cdl sweep]
 
 `laptop` takes minutes on two CPU cores, on data that packages ship; `gpu` hours on one accelerator; `paper` is the
-paper's own setting, on data that has to be there. FIELD=VALUE changes the config of all runs, such as data.path=DIR.
+paper's own setting, on data that has to be there. FIELD=VALUE changes the config of all runs, such as data.path=DIR
+where they all have the same data.
 With the options of `cdl sweep` runs go to workers: --workers=8, --backend=slurm --sbatch=.., --lanes=4.
 
 A script stops and goes on like a sweep: finished runs stay in DIR, and scripts that need the same runs share them. It
@@ -28,6 +29,7 @@ import cdl.config
 from cdl.cli import parse, run
 from cdl.errors import UserError
 from cdl.sweep.grid import Grid
+from cdl.sweep.identity import PATHS
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("laptop", "gpu", "paper")
@@ -123,8 +125,9 @@ def config(file: str) -> tuple[ConfigDict, Grid]:
     return made, grid or [{}]
 
 
-def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> None:
-    """Run a script from its command line, and leave with its exit code."""
+def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome], *, of_published: bool = False) -> None:
+    """Run a script from its command line, and leave with its exit code. of_published: at `paper` scale it reads
+    published runs and trains none."""
     parser = argparse.ArgumentParser(
         description=(doc or "").partition("\n")[0], epilog="Options of cdl sweep and changes of the config go on."
     )
@@ -132,6 +135,8 @@ def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> No
     parser.add_argument("--out", metavar="DIR", help="folder for runs, figure and numbers (default: runs/paper-SCALE)")
     parser.add_argument("--data", metavar="PATH", help="published runs, for figures that the paper makes of such")
     arguments, rest = parser.parse_known_args()
+    if arguments.data is not None and not (of_published and arguments.scale == "paper"):
+        parser.error(f"--data={arguments.data} is of scripts that read published runs, with --scale=paper")
     out = Path(arguments.out or f"runs/paper-{arguments.scale}")
 
     def work(sweep_arguments: argparse.Namespace) -> None:
@@ -143,7 +148,7 @@ def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> No
             script=name,
             title=(doc or "").partition("\n")[0].rstrip("."),
             scale=arguments.scale,
-            command=" ".join(["python", f"experiments/{name}.py", *map(_elsewhere, sys.argv[1:])]),
+            command=_command(name, arguments, sweep_arguments.changes),
             runs=len(lab.seconds),
             run_seconds=round(sum(lab.seconds.values()), 1),
             machine=lab.device,
@@ -151,7 +156,9 @@ def main(file: str, doc: str | None, experiment: Callable[[Lab], Outcome]) -> No
             claims=[asdict(claim) for claim in outcome.claims],
             numbers=outcome.numbers,
         )
-        text = json.dumps(written, indent=1, default=_plain) + "\n"
+        # Numbers that are not finite become null, which JSON has.
+        plain = json.loads(json.dumps(written, default=_plain), parse_constant=lambda _: None)
+        text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
         if outcome.text:
             print(outcome.text)
             (out / f"{name}.md").write_text(outcome.text + "\n")
@@ -201,9 +208,13 @@ def span(values: Sequence[float], form: str = ".3f") -> str:
     return f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
 
 
-def _elsewhere(word: str) -> str:
-    """An argument without what is a path of this machine alone."""
-    return "--data=PATH" if word.startswith("--data=") else word
+def _command(name: str, arguments: argparse.Namespace, changes: Sequence[str]) -> str:
+    """What gives these numbers elsewhere: without the paths of this machine, nor where and how runs were trained."""
+    words = ["python", f"experiments/{name}.py"]
+    words += [] if arguments.scale == SCALES[0] else [f"--scale={arguments.scale}"]
+    words += [] if arguments.data is None else ["--data=PATH"]
+    given = cdl.config.parse_assignments(changes)
+    return " ".join([*words, *(f"{field}={'PATH' if field in PATHS else value}" for field, value in given.items())])
 
 
 def _plain(x: Any) -> Any:

@@ -27,8 +27,8 @@ disagreement is a result.
 "laptop" is models of 30 thousand to a million parameters on data that packages ship, trained on {machines}. It can
 refute what is said of all models, and cannot confirm what is said of large ones. Its horizons are shorter than those of
 which the paper says that the law holds (T > 2,500 for GPT-2), and its smallest models are still on the plateaus of
-early training. "paper" is the paper's own setting, here on published runs alone; with data and devices at hand
-`--scale=paper` trains the others.
+early training. "paper" is the paper's own setting: Figures 6 and 7 and Tables 2 and 6 are of published runs there, and
+the others train with data and devices at hand. Each section below says on what its runs were trained.
 
 | | claim of the paper | here | scale | |
 |---|---|---|---|---|
@@ -45,7 +45,7 @@ def main() -> None:
     if not found:
         sys.exit(f"{RESULTS} holds no numbers of a script; run one, such as python experiments/fig01_exam.py")
     found.sort(key=lambda x: (x["script"], x["scale"]))
-    trained = [x for x in found if x["machine"]]
+    trained = [x for x in found if x["machine"] and x["scale"] == "laptop"]
     machines = " and ".join(sorted({x["machine"] for x in trained}))
     versions = trained[-1]["versions"] if trained else {}
     said = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax", "python") if name in versions)
@@ -82,7 +82,7 @@ def row(x: dict[str, Any], claim: dict[str, Any]) -> str:
 
 def section(x: dict[str, Any]) -> str:
     """What a script has shown."""
-    took = f", {x['runs']} runs of {x['run_seconds']:,.0f} s in all" if x["runs"] else ""
+    took = f", {x['runs']} runs of {x['run_seconds']:,.0f} s in all on {x['machine']}" if x["runs"] else ""
     part = [f"## {x['title']} ({x['scale']})", "", f"`{x['command']}`{took}.", ""]
     name = f"{x['script']}-{x['scale']}"
     if (RESULTS / f"{name}.png").is_file():

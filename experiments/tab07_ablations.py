@@ -63,6 +63,7 @@ def experiment(lab: Lab) -> Outcome:
     default = fits[names[0]]
     apart = [name for name, f in fits.items() if abs(f.Q - default.Q) > 2 * (f.Q_se**2 + default.Q_se**2) ** 0.5]
     batch = next(name for name in names if name.startswith("batch size"))
+    lost = [name for name in names if name not in fits]
     return Outcome(
         None,
         {name: vars(f) for name, f in fits.items()},
@@ -82,8 +83,9 @@ def experiment(lab: Lab) -> Outcome:
             ),
             Claim(
                 "The other settings change the slope little (23.9 to 25.1)",
-                f"beyond two standard errors from the default: {', '.join(x for x in apart if x != batch) or 'none'}",
-                not [x for x in apart if x != batch],
+                f"beyond two standard errors from the default: {', '.join(x for x in apart if x != batch) or 'none'}"
+                + (f"; diverged: {', '.join(lost)}" if lost else ""),
+                not [x for x in [*apart, *lost] if x != batch],
             ),
         ],
         "\n".join(lines),

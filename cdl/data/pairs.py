@@ -134,6 +134,14 @@ def _csv(path: Path, prompt: str, answer: str) -> Texts:
                 f"data.{field}={name!r} is no column of {str(path)!r}, which has {', '.join(map(str, table.columns))}; "
                 f"name one of these"
             )
+        if f"{name}.1" in table:
+            raise UserError(f"data.{field}={name!r} is the name of two columns of {str(path)!r}; rename one")
+    empty = np.flatnonzero((table[prompt] == "") | (table[answer] == ""))
+    if len(empty):
+        raise UserError(
+            f"{str(path)!r} has {len(empty)} rows without {prompt!r} or {answer!r}, the first after {empty[0]} others; "
+            f"remove them"
+        )
     return list(zip(table[prompt], table[answer], strict=True))
 
 

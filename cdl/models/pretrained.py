@@ -33,11 +33,11 @@ from cdl.models import hugging_face, vlm
 from cdl.models.build import build
 from cdl.models.hugging_face import BARE, IGNORED, PREFIXES, tied_to, with_defaults
 
-__all__ = ["load", "paths_of", "read_section", "save", "to_hugging_face"]
+__all__ = ["MOST_NAMED", "load", "paths_of", "read_section", "save", "to_hugging_face"]
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PROJECTOR, PROJECTION = "projector.safetensors", "MP.proj.weight"  # nanoVLM's name of it
-MOST_NAMED = 5
+MOST_NAMED = 20  # tensors that an error lists
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 

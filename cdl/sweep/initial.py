@@ -12,11 +12,10 @@ from ml_collections import ConfigDict
 from cdl.errors import UserError
 from cdl.models import pretrained
 from cdl.models.build import build
+from cdl.models.pretrained import MOST_NAMED
 from cdl.train.checkpoint import read_weights
 
 __all__ = ["fingerprint", "load"]
-
-_NAMED = 5  # tensors that an error lists
 
 Section = tuple[tuple[str, Any], ...]
 
@@ -48,7 +47,8 @@ def _fingerprint(path: str, model: Section, seed: int | None) -> str:
 @functools.lru_cache(maxsize=1)
 def _load(path: str, model: Section, seed: int | None) -> tuple[Any, Any]:
     where = Path(path).expanduser()
-    if not where.name.startswith("step_") and not any(where.glob("step_*")):
+    checkpoint = where.name.startswith("step_") or any(where.glob("step_*"))
+    if not checkpoint or where.is_file() or any(where.glob("*.safetensors*")):
         return pretrained.load(dict(model), path, seed)
     weights = read_weights(where)[:2]
     theirs, ours = (_shapes(x) for x in (weights, jax.eval_shape(build(dict(model)).init, 0)))
@@ -56,8 +56,8 @@ def _load(path: str, model: Section, seed: int | None) -> tuple[Any, Any]:
     if other and any(name.endswith("lora_a") for name in theirs):
         raise UserError(f"init={path!r} are adapters, and not the weights beside them; merge them with cdl export")
     if other:
-        said = [f"{x} is {theirs.get(x, 'absent')} there and {ours.get(x, 'absent')} here" for x in other[:_NAMED]]
-        more = f" and {len(other) - _NAMED} more" if len(other) > _NAMED else ""
+        said = [f"{x} is {theirs.get(x, 'absent')} there and {ours.get(x, 'absent')} here" for x in other[:MOST_NAMED]]
+        more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
         raise UserError(
             f"init={path!r} has weights of another model: {', '.join(said)}{more}; set the sizes of the model to its"
         )

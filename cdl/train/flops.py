@@ -77,7 +77,8 @@ def step_flops(model: Model, batch: Any) -> int:
     are not made, the products of the pass forward and backward as they come.
 
     Args:
-      model: built with ``Compute(attention="xla")``; a fused kernel does not show what it computes.
+      model: built with ``Compute(attention="xla")``; a fused kernel does not show what it computes, and with frozen
+        parameters what is computed again (`Compute.remat`) would count.
       batch: as `Model.loss` takes it, or its shapes (`jax.ShapeDtypeStruct`). Nothing is computed.
 
     Raises:
