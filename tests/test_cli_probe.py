@@ -160,8 +160,10 @@ def test_more_iterates_than_memory_holds_are_read_again(
     assert "memory holds 3 of 7 iterates" in capsys.readouterr().err
     assert (reads["step_12"], reads["step_16"]) == (1, 1)  # kept, with the first
     assert min(reads[f"step_{s}"] for s in (20, 24, 28, 32)) >= 7  # for each gradient
+    reads.clear()
     with pytest.raises(UserError, match="--curvature=0"):
         probed(run, curvature=1)
+    assert not reads  # before anything is measured in vain
 
 
 @pytest.mark.slow
@@ -215,6 +217,14 @@ def test_unasked_a_run_keeps_its_last_weights_alone(tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert main(["probe", str(out), id]) == 2
     assert "checkpoint.steps=20 checkpoint.keep=1000 --keep" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diverging = ["optimizer.name=sgd", "eta_ref=1e9", "T=32", "--keep", *STEPS]
+    assert main(["train", f"--config={TINY}", f"--out={tmp_path}", *diverging]) == 0
+    capsys.readouterr()
+    assert main(["probe", str(tmp_path), ""]) == 2
+    assert "has diverged, and of such runs no iterates are kept" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -153,6 +153,21 @@ def test_a_binary_file_is_no_csv(tmp_path: Path) -> None:
         read_pairs(of(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mr,ref\na,b\nname[y]\n", "has 1 rows without 'mr' or 'ref', the first after 1 others"),
+        ("mr,ref\na,b\n,c\na,\n", "has 2 rows without 'mr' or 'ref'"),
+        ("mr,mr,ref\na,b,c\n", "data.prompt='mr' is the name of two columns"),
+    ],
+)
+def test_rows_without_one_of_the_two_are_said(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_pairs(of(path))
+
+
 def test_rows_longer_than_the_header_are_no_index(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("mr,ref\n" + "".join(f"name{i},one, two\n" for i in range(40)))

@@ -119,7 +119,12 @@ def test_identity_is_of_texts_and_images(cauldron: Path, tmp_path: Path) -> None
     changed[3]["texts"][0]["assistant"] = "It is 4."
     pq.write_table(pa.Table.from_pylist(changed), cauldron / "set0" / "train.parquet", row_group_size=5)
     vqa._read.cache_clear()
-    assert build.fingerprint(of(cauldron)) != one
+    other = build.fingerprint(of(cauldron))
+    assert other != one
+    changed[4]["images"][0]["bytes"] = picture(5)  # texts as they were, and as many images
+    pq.write_table(pa.Table.from_pylist(changed), cauldron / "set0" / "train.parquet", row_group_size=5)
+    vqa._read.cache_clear()
+    assert build.fingerprint(of(cauldron)) not in (one, other)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import cdl
 from cdl import config
+from cdl.errors import UserError
 from cdl.models.build import build
 from cdl.sweep.programs import eta_of
 
@@ -23,7 +24,8 @@ Script = Callable[[str], ModuleType]
 class Invented:
     """A lab whose runs are made up.
 
-    loss: (config, number of parameters) -> final loss. curve: rates [T] -> losses [T].
+    loss: (config, number of parameters) -> final loss, NaN of a run that diverged; or training loss and final loss.
+    curve: rates [T] -> losses [T].
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class InventedRuns:
             row |= {"data.batch_size": c.data.batch_size, "data.seq_len": c.data.get("seq_len", 1)}
             found = loss(c, float(N))
             train_loss, held_out = found if isinstance(found, tuple) else (found, found)
-            rows.append(row | dict(train_loss=train_loss, loss=held_out, status="done", flops_per_step=6e3 * N))
+            status = "done" if np.isfinite(held_out) else "diverged"
+            rows.append(row | dict(train_loss=train_loss, loss=held_out, status=status, flops_per_step=6e3 * N))
         self.table = pd.DataFrame(rows)
 
     def curve(self, i: int, name: str, windows: int = 0) -> pd.DataFrame:
@@ -112,6 +115,9 @@ def test_horizons_agree_where_the_law_holds_and_not_where_it_fails(script: Scrip
     assert verdict(lambda e, T: 0.2 + 3e4 * (1 + e) * T**-1.6)[1] is False  # another power of T
     assert verdict(lambda e, T: 2 + 200 * abs(noise(e, T)))[0] is False
     assert verdict(lambda e, T: 1 + (1 + abs(np.log(e * T**0.5 / 8))) / T**0.5)[2] is False
+    # Of the rates that there were one is left: of all no line can be said, and none is the best of them.
+    lawful = verdict(lambda e, T: 1 + 20 / T**0.5 + noise(e, T) if e < 0.15 else np.nan)
+    assert (lawful[0], lawful[2]) == (False, None)
 
 
 def by_size(c: ConfigDict, N: float) -> float:
@@ -203,9 +209,13 @@ def test_ablations_see_a_setting_that_matters(script: Script) -> None:
     def of(batch: float, momentum: float) -> list[bool | None]:
         def loss(c: ConfigDict, N: float) -> float:
             Q = batch if c.data.batch_size == 2 else momentum if c.optimizer.momentum == 0.9 else 20
-            return 1 + 0.01 * Q + Q / c.T**0.5 + noise(c.T, Q)
+            return 1 + 0.01 * Q + Q / c.T**0.5 + noise(c.T, np.nan_to_num(Q))
 
         return verdicts(experiment(Invented(loss)))
 
     assert of(35, 20) == [True, True, True]
     assert of(15, 26) == [True, False, False]
+    assert of(np.nan, 20) == [False, False, True]
+    assert of(35, np.nan) == [False, True, False]
+    with pytest.raises(UserError, match="that all others are compared with"):
+        experiment(Invented(lambda c, N: np.nan if c.seed == 0 else 1 + 20 / c.T**0.5))

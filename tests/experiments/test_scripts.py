@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,32 @@ from ..conftest import TINY
 from .conftest import EXPERIMENTS
 
 SCRIPTS = sorted(f.stem for f in EXPERIMENTS.glob("*.py") if f.stem[:3] in ("fig", "tab"))
+
+
+def test_commands_are_for_everybody(script: Callable[[str], ModuleType]) -> None:
+    def command(changes: list[str], **given: Any) -> str:
+        return script("paper")._command("fig06_peak", Namespace(**(dict(scale="laptop", data=None) | given)), changes)
+
+    assert command([]) == "python experiments/fig06_peak.py"
+    assert command([], scale="paper", data="/home/me/x") == "python experiments/fig06_peak.py --scale=paper --data=PATH"
+    assert command(["seed=3", "data.path=/home/me/d"]).endswith("fig06_peak.py seed=3 data.path=PATH")
+
+
+def test_results_are_of_the_grids_of_today_and_of_nobodys_machine(script: Callable[[str], ModuleType]) -> None:
+    for file in (EXPERIMENTS / "results").glob("*-laptop.json"):
+        made = json.loads(file.read_text(), parse_constant=pytest.fail)
+        module = script(made["script"])
+        if made["script"] == "fig13_fine_tuning":
+            sizes = module.SIZES["laptop"]
+            sweeps = module.pretraining("laptop")
+            sweeps += [module.fine_tuning("laptop", size, "", which) for size in sizes for which in ("full", "lora")]
+        elif hasattr(module, "lines_at_best_rates"):
+            sweeps = script("best_rates").sweeps("laptop")
+        else:
+            sweeps = getattr(module, "sweeps", lambda scale: [])("laptop")
+        sweeps = list(sweeps.values()) if isinstance(sweeps, dict) else sweeps
+        assert made["runs"] == sum(len(sweep.grid) for sweep in sweeps), file.name
+        assert made["command"] == f"python experiments/{made['script']}.py"
 
 
 def test_every_figure_and_table_has_a_script() -> None:
@@ -122,6 +149,8 @@ def test_a_script_trains_what_is_not_there_and_writes_what_it_found(
         (["tab06_chinchilla.py", "--scale=paper", "--data=/no.csv"], "lacks no.csv"),
         (["fig09_gpt2_muon_horizons.py", "--scale=paper"], "data.path='data/openwebtext' does not exist"),
         (["fig01_exam.py", "--scale=huge"], "invalid choice: 'huge'"),
+        (["fig09_gpt2_muon_horizons.py", "--data=x"], "--data=x is of scripts that read published runs"),
+        (["fig06_peak.py", "--data=x"], "with --scale=paper"),
         (["results.py", "."], "holds no numbers of a script"),
     ],
 )

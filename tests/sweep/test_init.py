@@ -203,7 +203,8 @@ def test_a_run_starts_from_the_weights_that_another_has_kept(tmp_path: Path) -> 
     params, stats, _ = read_weights(kept)
     assert stats == {}
     pretrained.save(SECTION, params, stats, tmp_path / "exported")  # and other tools have them
-    for path in (kept, kept / "step_20", tmp_path / "exported"):
+    shutil.copytree(tmp_path / "exported", tmp_path / "step_1000")  # as other trainers call their checkpoints
+    for path in (kept, kept / "step_20", tmp_path / "exported", tmp_path / "step_1000"):
         (point,) = points_of(load(TINY)[0], [dict(init=str(path))])
         jax.tree.map(np.testing.assert_array_equal, initial.load(point.config), (params, stats))
         assert point.fingerprints["init.fingerprint"] == initial.fingerprint(point.config)
@@ -214,7 +215,7 @@ def test_a_run_starts_from_the_weights_that_another_has_kept(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"has weights of another model: params\.\S+ is \[.*\] there and \[.*\] here"):
         initial.load(wrong)
     with pytest.raises(UserError, match="there is no checkpoint in it"):
-        read_weights(tmp_path)
+        read_weights(tmp_path / "a")
     record = kept / "step_20" / "record.json"
     record.write_text(record.read_text().replace("20", "21", 1))
     with pytest.raises(UserError, match="step_20 is damaged"):
