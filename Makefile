@@ -11,7 +11,7 @@ demo: .venv/cdl  ## a real sweep, its law, a figure and a prediction: about five
 demo-check: .venv/cdl  ## the demo, then train the predicted horizon and compare
 	$(BIN)/cdl sweep --config=configs/demo.py --out=runs/demo --check
 
-paper-laptop: .venv/paper  ## every figure and table of the paper in small, and experiments/RESULTS.md: most of an hour
+paper-laptop: .venv/paper  ## every figure and table of the paper in small, and experiments/RESULTS.md: about an hour
 	for script in experiments/fig[0-9]*.py experiments/tab[0-9]*.py; do $(BIN)/python $$script || exit; done
 	$(BIN)/python experiments/results.py runs/paper-laptop
 
