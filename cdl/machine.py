@@ -13,8 +13,8 @@ def cores() -> int:
 
 
 def processor() -> str:
-    """The CPU, such as "2 cores of AMD EPYC"."""
+    """The CPU and all of its cores, whoever asks: "2 cores of AMD EPYC"."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{cores()} cores of {next(named, platform.processor() or platform.machine())}"
+    return f"{os.cpu_count()} cores of {next(named, platform.processor() or platform.machine())}"

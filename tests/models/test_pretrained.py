@@ -147,11 +147,14 @@ def test_tensors_that_are_missing_and_left_over_are_listed(tmp_path: Path) -> No
         load(LLAMA, tmp_path)
     named = sorted(gone)
     extra = [f"extra.{name}" for name in named if name not in (gone[0], gone[4])]
-    missing = f"tensors {', '.join(named[:5])} and 1 more are not there"
+    missing = f"tensors {', '.join(named)} are not there"
     assert str(e.value) == (
         f"{tmp_path}: {missing}; tensors {', '.join(extra)} have no place in the model; "
         f"give a file of this kind and size of model"
     )
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"tensors (\S+, ){19}\S+ and 13 more are not there; tensors"):
+        load(LLAMA | dict(n_layer=5), tmp_path)  # of three more layers nine each
 
 
 @pytest.mark.parametrize(
