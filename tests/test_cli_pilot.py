@@ -16,6 +16,7 @@ def pilot(out: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_pilot_keeps_to_its_budget_and_goes_on_when_given_more(tmp_path: Path) -> None:
     out = tmp_path / "s"
     done = pilot(out, "--T=1000", "--budget=25%")

@@ -76,6 +76,7 @@ def noise(*point: float) -> float:
     return float(np.random.default_rng([int(1000 * x) for x in point]).normal(0, 0.002))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fig02_resnet_sgd", "fig05_gpt2_muon"])
 def test_four_schedules_agree_with_the_bound_itself(name: str, script: Script) -> None:
     experiment = script(name).experiment

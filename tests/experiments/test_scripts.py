@@ -109,6 +109,7 @@ def test_fine_tuning_can_be_built(
             assert (model.frozen is not None) == (which == "lora")
 
 
+@pytest.mark.slow
 def test_a_script_trains_what_is_not_there_and_writes_what_it_found(
     script: Callable[[str], ModuleType],
     tmp_path: Path,

@@ -57,6 +57,7 @@ class Written:
         return len(now)
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_table_of_one_process(tiny_sweep: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     done = run(sweep(out, "--workers=2"))
@@ -185,6 +186,7 @@ def set_in_environment(what: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+@pytest.mark.slow
 def test_ctrl_c_has_workers_save(tmp_path: Path) -> None:
     assert not any(w.is_running() for w in interrupt(tmp_path, "--workers=2"))
 
@@ -228,6 +230,7 @@ def test_workers_that_find_nothing_to_do_end_in_peace(tiny_sweep: Path, tmp_path
     equal(tmp_path / "s", tiny_sweep)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_begin_are_not_started_for_ever(tiny_sweep: Path, tmp_path: Path) -> None:
     store, points = Store(tmp_path / "s"), points_in(Store(tiny_sweep).grids()[0])
     store.open_for(points)
@@ -264,6 +267,7 @@ def train_on(root: Path, like: Path, refusals: list[int]) -> None:
     supervise(backend, store, points, len(settings), stop=lambda: False, show=lambda: None)
 
 
+@pytest.mark.slow
 def test_a_worker_that_refuses_once_is_replaced(
     tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,6 +302,7 @@ def test_jobs_of_two_commands_have_names_of_their_own(tmp_path: Path) -> None:
             backend.ended()
 
 
+@pytest.mark.slow
 def test_runs_of_a_host_that_is_no_more_are_taken_over(
     tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,6 +122,7 @@ def test_until_and_after_choose_the_points() -> None:
     assert (figures[("after until", "mae")] < 1e-4).all()
 
 
+@pytest.mark.slow
 def test_held_out_figures_come_from_fits_without_the_points() -> None:
     """What the summary calls held out is what a fit of the other runs, made by hand, gives."""
     runs = table(noise=1e-3)
@@ -186,6 +187,7 @@ def test_two_fits_are_equal() -> None:
     assert fit_curve(runs).params == fit_curve(runs).params
 
 
+@pytest.mark.slow
 def test_all_laws_by_one_interface() -> None:
     runs = table(noise=1e-3)
     compared = compare_laws(runs[runs["run"] != "drop"], runs[runs["run"] == "drop"])

@@ -205,6 +205,7 @@ def test_resnet_logits_loss_gradients_and_statistics(depth: int, stem: str, tmp_
     assert_same_tree(grads, gradients(model, tmp_path / "gradients"), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, vit, lambda: resnet(18, "imagenet")], ids=["gpt2", "vit", "resnet"])
 def test_files_in_parts_and_without_a_head_load_the_same(make: Any, tmp_path: Path) -> None:
     model = make()

@@ -164,6 +164,7 @@ def test_attention_by_blocks_takes_grouped_queries(groups: int) -> None:
     assert_same_tree(blocks, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_how_it_is_computed_changes_nothing() -> None:
     params, stats = compiled(build.build(SECTION).init)(0)
     results = []

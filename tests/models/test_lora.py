@@ -226,6 +226,7 @@ def _loaded(folder: Path) -> Any:
     return load(THREE_K, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 1, 1, 1), (1, 2, 2, 2)])
 def test_runs_share_what_is_frozen_on_any_mesh(sizes: tuple[int, ...]) -> None:
     frozen, model, optimizer = weights(GPT2), build(GPT2, lora=LORA), optimizers.build(dict(name="sgd"))
@@ -325,6 +326,7 @@ def test_fields_that_came_later_are_what_a_config_has_by_itself() -> None:
     assert {field: flat[field] for field in NEUTRAL} == NEUTRAL
 
 
+@pytest.mark.slow
 def test_adapters_are_probed_and_not_what_is_frozen(start: Path, tmp_path: Path) -> None:
     lora = ["lora.rank=2", f"init={start}", "optimizer.name=adamw", "T=12", "checkpoint.steps=4", "checkpoint.keep=9"]
     assert main(["train", f"--config={TINY}", f"--out={tmp_path}", "--keep", *lora]) == 0

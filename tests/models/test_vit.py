@@ -46,6 +46,7 @@ def test_patch_embedding_is_a_convolution() -> None:
     np.testing.assert_allclose(got, expected.reshape(-1, 16), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", vit.POOLS)
 def test_patches_are_a_set_but_for_their_positions(pool: str) -> None:
     graphdef, params = nnx.split(made(pool=pool))

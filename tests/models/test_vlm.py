@@ -206,6 +206,7 @@ def test_only_what_is_weighted_is_learned_and_padding_on_the_right_changes_nothi
     assert float(sums.count) == BATCH["weight"].sum()
 
 
+@pytest.mark.slow
 def test_how_it_is_computed_changes_nothing(params: Any) -> None:
     expected = forward(params, BATCH)
     for compute in (*(Compute(remat=remat) for remat in REMAT if remat != "none"), Compute(attention="xla")):

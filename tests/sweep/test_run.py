@@ -136,6 +136,7 @@ def test_every_config_field_is_read(file: str, tmp_path: Path, monkeypatch: pyte
     assert expected <= read
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_written_stops_the_sweep_with_all_others_saved(
     tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +202,7 @@ def test_after_an_error_the_same_process_can_try_again(tmp_path: Path) -> None:
     assert store.ids() == {point.id}
 
 
+@pytest.mark.slow
 def test_replaced_images_are_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(200):
         file = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
@@ -218,6 +220,7 @@ def test_replaced_images_are_said_and_counted(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err.count("cannot be decoded and are replaced by the next ones") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_process_that_others_think_dead_goes_on_under_another_name(
     wait: bool, tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -242,6 +245,7 @@ def test_a_process_that_others_think_dead_goes_on_under_another_name(
     assert not list((store.root / "workers").iterdir())
 
 
+@pytest.mark.slow
 def test_a_log_that_takes_no_more_stops_the_sweep_with_all_runs_saved(tmp_path: Path) -> None:
     config, _ = load(TINY)
     points = points_of(config, [dict(T=2000, seed=seed) for seed in (0, 1)])
@@ -377,6 +381,7 @@ def test_a_sweep_goes_on_where_its_text_was_moved_to(tmp_path: Path) -> None:
     assert "Plan: at T=180" in moved.stdout
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_into_one_folder_share_its_runs(tiny_sweep: Path, tmp_path: Path) -> None:
     command = sweep(tmp_path / "s")
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in "ab"]

@@ -85,6 +85,7 @@ def test_the_exponentials_are_one_over_x_for_any_range() -> None:
     assert max(kernel_error(ratio) for ratio in (1.5, 1e8, 1e20, 1e100)) < 2e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["two groups too few", "SPACING", "Z_LOW"])
 def test_the_accuracy_knows_when_the_exponentials_are_bad(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     eta_T = hard_schedules(3000)["constant"]

@@ -445,6 +445,7 @@ def save_without_end(tell: Connection, folder: Path, step: int) -> None:
             tell.send(step)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_last_checkpoint_is_whole(
     child: Callable[..., tuple[Any, Connection]], tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ def test_runs_on_images_go_on_bit_for_bit(tmp_path: Path) -> None:
         jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.slow
 def test_memory_need_not_hold_a_state_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run has had on its devices is given back before its checkpoint is read."""
     p = program(1, 1, 2, 1)
@@ -184,6 +185,7 @@ def test_a_checkpoint_that_cannot_be_read_harms_no_other_lane(tmp_path: Path) ->
     jax.tree.map(np.testing.assert_array_equal, before[0], jax.device_get(p.lane(0)))
 
 
+@pytest.mark.slow
 def test_saving_changes_nothing_and_happens_when_it_is_due(tmp_path: Path) -> None:
     p = program(2, 1, 1, 1)
     plain = {o.run.id: o for o in train(p, RUNS)}
@@ -246,6 +248,7 @@ def same_results(a: Path, b: Path, changes: dict[str, Any]) -> None:
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     T = ("T=30000", "eval.times=2")
     process = subprocess.Popen(train_command(tmp_path / "a", *T), stderr=subprocess.PIPE, text=True)
