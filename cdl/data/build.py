@@ -178,17 +178,6 @@ def _pairs(section: ConfigDict) -> Dataset:
 def _vqa(section: ConfigDict) -> Dataset:
     records = vqa.read_records(section)
 
-    def batches(
-        seed: int,
-        first: int,
-        *,
-        part: tuple[int, int] = (0, 1),
-        workers: int = 0,
-        on_replaced: Callable[[int], None] = lambda images: None,
-    ) -> Iterator[Any]:
-        dataset = vqa.batches(records, section, seed, part)
-        return _told(images.iterate(dataset, first, workers), section.path, on_replaced)
-
     def check(model: Mapping[str, Any]) -> None:
         vqa.batches(records, section, 0)
         vqa.heldout_batches(records, section, 1)
@@ -198,28 +187,19 @@ def _vqa(section: ConfigDict) -> Dataset:
     return Dataset(
         unit="tokens",
         per_batch=section.batch_size * section.seq_len,
-        batches=batches,
+        batches=_of_images(functools.partial(vqa.batches, records, section), section.path),
         heldout=functools.partial(vqa.heldout_batches, records, section),
         prepare=lambda batch: batch | dict(image=images.standardise(batch["image"], section.mean, section.std)),
         check=check,
     )
 
 
-def _told(batches: Iterator[Any], path: str, on_replaced: Callable[[int], None]) -> Iterator[Any]:
-    """The batches without their `replaced`, of which `on_replaced` is told; see `images.check_undecodable`."""
-    replaced = seen = 0
-    for batch in batches:
-        replaced_B = batch["replaced"]
-        if here := int(replaced_B.sum()):
-            on_replaced(here)
-        replaced, seen = replaced + here, seen + len(replaced_B)
-        images.check_undecodable(path, replaced, seen)
-        yield {name: x for name, x in batch.items() if name != "replaced"}
+def _of_images(dataset: Callable[[int, tuple[int, int]], grain.MapDataset], path: str) -> _Batches:
+    """`Dataset.batches` of batches with images, without their `replaced`; see `images.check_undecodable`.
 
-
-def _images(section: ConfigDict) -> Dataset:
-    source = _read("images", section.path, section.heldout)
-    assert isinstance(source, images.Images)
+    Args:
+      dataset: (seed, part) -> random access to batches.
+    """
 
     def batches(
         seed: int,
@@ -229,8 +209,21 @@ def _images(section: ConfigDict) -> Dataset:
         workers: int = 0,
         on_replaced: Callable[[int], None] = lambda images: None,
     ) -> Iterator[Any]:
-        dataset = images.batches(source, section, seed, part)
-        return _told(images.iterate(dataset, first, workers), section.path, on_replaced)
+        replaced = seen = 0
+        for batch in images.iterate(dataset(seed, part), first, workers):
+            replaced_B = batch["replaced"]
+            if here := int(replaced_B.sum()):
+                on_replaced(here)
+            replaced, seen = replaced + here, seen + len(replaced_B)
+            images.check_undecodable(path, replaced, seen)
+            yield {name: x for name, x in batch.items() if name != "replaced"}
+
+    return batches
+
+
+def _images(section: ConfigDict) -> Dataset:
+    source = _read("images", section.path, section.heldout)
+    assert isinstance(source, images.Images)
 
     def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return batch | dict(image=images.standardise(batch["image"], section.mean, section.std))
@@ -253,7 +246,7 @@ def _images(section: ConfigDict) -> Dataset:
     return Dataset(
         unit="images",
         per_batch=section.batch_size,
-        batches=batches,
+        batches=_of_images(functools.partial(images.batches, source, section), section.path),
         heldout=functools.partial(images.heldout_batches, source, section),
         prepare=prepare,
         check=check,

@@ -116,9 +116,8 @@ def _parquet(files: Sequence[Path], heldout: float, vocabulary: Vocabulary) -> R
                 columns = ["texts", _shape_of_images(parquet)]
                 for group in range(parquet.num_row_groups):
                     table = parquet.read_row_group(group, columns=columns)
-                    for row, (turns, images) in enumerate(
-                        zip(_turns(table["texts"]), _lengths(table["images"]), strict=True)
-                    ):
+                    rows = zip(_turns(table["texts"]), _lengths(table["images"]), strict=True)
+                    for row, (turns, images) in enumerate(rows):
                         if turns:  # else there is nothing to learn
                             found.append((len(groups), row, images, holds_out(repr(turns), heldout)))
                             yield turns
